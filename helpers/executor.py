@@ -1,0 +1,214 @@
+"""The engine behind Jina endpoints: a request in, one document per token out.
+
+`TokenStreamingExecutor` and its ``/stream`` are the article's; ``/chat`` takes messages, and ``/info``
+tells which model is behind. No endpoint ever raises because of a request. Behind Jina's gateway, an
+exception in a generator is swallowed and the request run again, up to four times; so a failure
+travels in the last document of the stream, and nothing is generated twice.
+
+No ``from __future__ import annotations`` here: Jina needs the endpoints' annotations to be classes.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from typing import Any, AsyncIterator, Callable, List, Optional, Tuple
+
+from docarray import BaseDoc
+from pydantic import ValidationError
+
+from . import models, prompts
+from ._jina import Executor, requests
+from .detokenizer import Detokenizer
+from .engine import Engine, Generation
+from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
+from .processes import wait_for
+from .schemas import (
+    ChatDocument,
+    ModelDocument,
+    ModelOutputDocument,
+    PromptDocument,
+    Sampling,
+    what_is_wrong,
+)
+
+
+class _Received(Sampling):
+    """A request as it arrives: one that does not parse still reaches its endpoint, as a refusal."""
+
+    refusal: Optional[str] = None
+
+    @classmethod
+    def from_protobuf(cls, pb_msg: Any) -> "_Received":
+        try:
+            return super().from_protobuf(pb_msg)
+        except Exception as error:
+            why = what_is_wrong(error) if isinstance(error, ValidationError) else error
+            return cls._refused(f"The request cannot be read: {why}.")
+
+    @classmethod
+    def _refused(cls, refusal: str) -> "_Received":
+        raise NotImplementedError
+
+
+class PromptRequest(_Received, PromptDocument):
+    """A `PromptDocument` as the service receives it."""
+
+    @classmethod
+    def _refused(cls, refusal: str) -> "PromptRequest":
+        return cls(prompt="", max_tokens=0, refusal=refusal)
+
+
+class ChatRequest(_Received, ChatDocument):
+    """A `ChatDocument` as the service receives it."""
+
+    @classmethod
+    def _refused(cls, refusal: str) -> "ChatRequest":
+        return cls(messages=[], max_tokens=0, refusal=refusal)
+
+
+class TokenStreamingExecutor(Executor):
+    """A chat model that streams its answers.
+
+    `model` and `precision` are those of `helpers.models.load`, which runs while the executor starts.
+    With `die_with_parent` the process ends when the one that started it does, however that ended.
+    """
+
+    def __init__(
+        self,
+        model: str = "auto",
+        precision: str = "auto",
+        die_with_parent: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if die_with_parent:
+            _die_with_parent()
+        try:
+            self.chat_model = models.load(model, precision)
+        except HelpersError as error:
+            print(to_wire(error), file=sys.stderr, flush=True)
+            raise
+        self.engine = Engine(
+            self.chat_model.model,
+            eos_token_ids=self.chat_model.eos_token_ids,
+            context_length=self.chat_model.context_length,
+        )
+        self._longest_token = max(map(len, self.chat_model.tokenizer.get_vocab()))
+
+    @requests(on="/stream")
+    async def task(self, doc: PromptRequest, **kwargs: Any) -> ModelOutputDocument:
+        """Continue the raw text of a prompt."""
+        async for output in self._answer(doc, self._prompt_ids):
+            yield output
+
+    @requests(on="/chat")
+    async def chat(self, doc: ChatRequest, **kwargs: Any) -> ModelOutputDocument:
+        """Answer a dialog; its oldest turns are left out where it outgrows the model's window."""
+        async for output in self._answer(doc, self._dialog_ids):
+            yield output
+
+    @requests(on="/info")
+    async def info(self, doc: BaseDoc, **kwargs: Any) -> ModelDocument:
+        """Tell which model is behind, and how busy it is."""
+        yield ModelDocument(
+            model=self.chat_model.name,
+            precision=self.chat_model.precision,
+            device=self.chat_model.device,
+            context_length=self.chat_model.context_length,
+            steps=self.engine.steps,
+            live=self.engine.live,
+            waiting=self.engine.waiting,
+        )
+
+    @requests
+    async def unknown(self, doc: BaseDoc, **kwargs: Any) -> ModelOutputDocument:
+        """Any other endpoint."""
+        yield _failed(InvalidRequest("This service has no such endpoint: use /stream, /chat or /info."))
+
+    def close(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
+        super().close()
+
+    def _prompt_ids(self, doc: PromptRequest) -> Tuple[List[int], int]:
+        self._check_length(len(doc.prompt))
+        return prompts.token_ids(doc.prompt, self.chat_model.tokenizer), 0
+
+    def _dialog_ids(self, doc: ChatRequest) -> Tuple[List[int], int]:
+        for message in doc.messages[:1] + doc.messages[-1:]:  # those that are never left out
+            self._check_length(len(message.get("content", "")))
+        fitted = prompts.fit_to_window(
+            doc.messages,
+            self.chat_model.tokenizer,
+            window=self.chat_model.context_length,
+            max_tokens=doc.max_tokens,
+        )
+        return fitted.token_ids, fitted.dropped_turns
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse, before it is tokenised, what cannot fit even if it were all of the longest token."""
+        if characters > self._longest_token * self.chat_model.context_length:
+            raise InvalidRequest(
+                f"The request has {characters:,} characters, far more than the model's window of "
+                f"{self.chat_model.context_length:,} tokens can hold. Shorten it."
+            )
+
+    async def _answer(
+        self, doc: _Received, ids_of: Callable[[Any], Tuple[List[int], int]]
+    ) -> AsyncIterator[ModelOutputDocument]:
+        """The whole stream for one request: a document per token, and the last one."""
+        generation = None
+        try:
+            if doc.refusal:
+                raise InvalidRequest(doc.refusal)
+            # tokenising may take long, and the event loop belongs to all readers
+            prompt_ids, dropped_turns = await asyncio.to_thread(ids_of, doc)
+            generation = self.engine.submit(
+                prompt_ids,
+                max_tokens=doc.max_tokens,
+                temperature=doc.temperature,
+                top_p=doc.top_p,
+                seed=doc.seed,
+            )
+            text = Detokenizer(self.chat_model.tokenizer, stop=doc.stop)
+            sent = 0
+            async for token_id in generation:
+                sent += 1
+                yield ModelOutputDocument(token_id=token_id, generated_text=text.push(token_id))
+                if text.stopped:
+                    break
+            if generation.finish_reason == "cancelled":
+                raise ServiceUnavailable(
+                    "The service was stopped before the answer was complete. Start it, and ask again."
+                )
+            yield ModelOutputDocument(
+                token_id=-1,
+                generated_text=text.finish(),
+                finish_reason="stop" if text.stopped else generation.finish_reason,
+                prompt_tokens=len(prompt_ids),
+                completion_tokens=sent,
+                dropped_turns=dropped_turns,
+            )
+        except Exception as error:
+            yield _failed(error)
+        finally:
+            if generation is not None:
+                generation.cancel()
+
+
+def _failed(error: Exception) -> ModelOutputDocument:
+    return ModelOutputDocument(
+        token_id=-1, generated_text="", finish_reason="error", error=to_wire(error)
+    )
+
+
+def _die_with_parent() -> None:
+    """End this process when the one that started it does: a killed parent cannot stop its children."""
+    parent = os.getppid()
+
+    def wait_and_exit() -> None:
+        wait_for(parent)
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, name="die-with-parent", daemon=True).start()

@@ -1,0 +1,207 @@
+"""Start a service, wait until it answers, and stop it so that nothing is left.
+
+`serve` runs ``python -m helpers serve`` as a process of its own: a fork of a notebook's kernel would
+inherit its threads, its output and its CUDA context. `run` is what that process does. The service
+dies with the program that started it, also when that is killed, and frees its port.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm.auto import tqdm
+
+from . import access, client
+from .client import HOST, PORT
+from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error
+from .processes import check_port, free_port, wait_for
+from .schemas import ModelDocument
+
+_READY = "Ready"
+_PROJECT = Path(__file__).parents[1]
+
+
+def serve(
+    model: str = "auto",
+    precision: str = "auto",
+    *,
+    host: str = HOST,
+    port: int = PORT,
+) -> "Service":
+    """Start a service and wait until it answers; use it as ``with helpers.serve() as service:``.
+
+    `model` and `precision` are those of `helpers.models.load`. `port` 0 takes a free one. `host` is where
+    it listens; other machines reach it only if that is not the loopback address.
+
+    Raises `ServiceUnavailable` if the port is taken, and says by whom; `ModelUnavailable` or
+    `InvalidRequest` where the model is the reason; each with the end of the service's log.
+    """
+    port = free_port(host) if port == 0 else port
+    check_port(host, port)
+    service = Service(model, precision, host=host, port=port)
+    try:
+        service._wait()
+    except BaseException:
+        service.stop()
+        raise
+    return service
+
+
+class Service:
+    """A running service: `host`, `port`, `pid`, and `log`, the file that it writes its log into."""
+
+    def __init__(self, model: str, precision: str, *, host: str, port: int) -> None:
+        self.host = HOST if host == "0.0.0.0" else host
+        self.port = port
+        self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
+        command = [sys.executable, "-m", "helpers", "serve", "--model", model, "--precision", precision]
+        command += ["--host", host, "--port", str(port)]
+        command += ["--parent", str(os.getpid()), "--log", str(self.log)]
+        path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        if token := access.find_token():
+            environment["HF_TOKEN"] = token.value  # by environment: arguments are seen by everybody
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C here, or a kernel's interrupt, is not meant for it
+            )
+        self.pid = self._process.pid
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        state = "running" if self._process.poll() is None else "stopped"
+        return f"<Service on {self.host}:{self.port}, {state}>"
+
+    def stream(self, *messages: Any, **options: Any) -> client.Answer:
+        """`helpers.stream`, asking this service."""
+        return client.stream(*messages, host=self.host, port=self.port, **options)
+
+    def ask(self, *messages: Any, **options: Any) -> client.Answer:
+        """`helpers.ask`, asking this service."""
+        return client.ask(*messages, host=self.host, port=self.port, **options)
+
+    def info(self) -> ModelDocument:
+        """`helpers.info` of this service."""
+        return client.info(host=self.host, port=self.port)
+
+    def stop(self) -> None:
+        """Stop the service and wait until its processes and its log are gone. May be called twice."""
+        if self._process.poll() is None:
+            children = psutil.Process(self.pid).children(recursive=True)
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            _, alive = psutil.wait_procs(children, timeout=5)
+            for process in alive:
+                process.kill()
+        shutil.rmtree(self.log.parent, ignore_errors=True)
+
+    def _wait(self) -> None:
+        """Return when the service has answered; until then show what its log says last."""
+        with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as shown:
+            while not any(line.startswith(_READY) for line in self._lines()):
+                if self._process.poll() is not None:
+                    raise self._failure()
+                latest = self._lines()[-1:] or ["importing torch and jina"]
+                shown.set_description_str(f"starting the service: {latest[0][-80:]}")
+                time.sleep(0.05)
+        self.info()
+
+    def _lines(self) -> list[str]:
+        """What the service has written, a progress bar's every state as a line."""
+        return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+
+    def _failure(self) -> HelpersError:
+        lines = self._lines()
+        return find_error(lines) or ServiceUnavailable(
+            f"The service ended with status {self._process.returncode} before it was ready. "
+            "The end of its log:\n" + "\n".join(lines[-20:])
+        )
+
+
+def run(
+    model: str = "auto",
+    precision: str = "auto",
+    *,
+    host: str = HOST,
+    port: int = PORT,
+    parent: int | None = None,
+    log: Path | None = None,
+) -> None:
+    """Be a service, in the foreground, until SIGTERM, Ctrl-C or the end of the process `parent`.
+
+    Prints a line that begins with "Ready" once it answers. Raises what `serve` raises. Where `parent`
+    ends without having stopped the service, the folder of `log` goes with it.
+    """
+    port = free_port(host) if port == 0 else port
+    check_port(host, port)
+
+    ready, stop = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        if not ready.is_set():
+            os._exit(1)  # the executor's process, still loading its model, follows
+        stop.set()
+
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, end)
+    if parent is not None:
+        def end_with_parent() -> None:
+            wait_for(parent)
+            if log is not None:
+                shutil.rmtree(log.parent, ignore_errors=True)
+            end()
+
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+    from ._jina import Deployment, RuntimeFailToStart
+
+    try:
+        from .executor import TokenStreamingExecutor
+    except ImportError as error:
+        raise ModelUnavailable(
+            f"A service needs more than a client does, and {error.name} is not installed. "
+            f"Install it: {access.INSTALL}"
+        ) from error
+
+    deployment = Deployment(
+        uses=TokenStreamingExecutor,
+        uses_with={"model": model, "precision": precision, "die_with_parent": True},
+        host=host,
+        port=port,
+        protocol="grpc",
+        include_gateway=False,  # Jina's gateway hides errors and repeats requests
+        timeout_ready=-1,  # a first download takes as long as it takes
+        grpc_server_options={"grpc.so_reuseport": 0},  # two services must not share a port unnoticed
+    )
+    try:
+        with deployment:
+            ready.set()
+            print(f"{_READY} on {host}:{port}. Ctrl-C stops the service.", flush=True)
+            deployment.block(stop_event=stop)
+    except RuntimeFailToStart:
+        check_port(host, port)  # has somebody else been quicker?
+        raise SystemExit(1) from None  # the executor has said why

@@ -1,0 +1,314 @@
+"""A stand-in for the Hugging Face Hub on 127.0.0.1, for the real huggingface_hub client.
+
+It speaks the part of the Hub's HTTP API that this package and a download use: who a token belongs
+to, whether a repository may be read, what it holds, and its files. Answers, headers and sentences
+are those of the real Hub, as its client expects them (``huggingface_hub/utils/_http.py``) and as
+others recorded them.
+
+with HubStub(users={token: "alice"}, repos={"org/model": Repo("pending")}) as hub:
+subprocess.run([...], env=hub.environment(home=tmp_path))
+
+A client reads ``HF_ENDPOINT`` and ``HF_HOME`` when it is imported, so it runs in a process of its
+own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+State = Literal["public", "granted", "pending", "never asked", "reset", "rejected", "missing"]
+Fault = Literal["hang", "drop", "cut", "html"] | int
+"""Never answer, close the connection, close it in the middle of a file, answer like a hotel's login
+page, or an HTTP status."""
+
+GATED = {
+    "pending": "Your request to access model {id} is awaiting a review from the repo authors.",
+    "never asked": "Access to model {id} is restricted and you are not in the authorized list. "
+    "Visit https://huggingface.co/{id} to ask for access.",
+    "reset": "Your request to access model {id} has been reset by the repo's authors. "
+    "Visit https://huggingface.co/{id} to submit a new request.",
+    "rejected": "Your request to access model {id} has been rejected by the repo's authors.",
+}
+ANONYMOUS = (
+    "Access to model {id} is restricted. You must have access to it and be authenticated to access "
+    "it. Please log in."
+)
+NARROW = (
+    "Please enable access to public gated repositories in your fine-grained token settings to view "
+    "this repository."
+)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Repo:
+    """One model repository: who may read it, and what it holds."""
+
+    state: State = "public"
+    folder: Path | None = None
+    """Its files, as a local folder."""
+    parameters: Mapping[str, int] | None = None
+    """What the Hub knows of its safetensors files, as ``{"BF16": 123}``."""
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    """With the query."""
+    token: str | None
+
+
+@dataclass
+class HubStub:
+    """A running stub. Attributes may be changed while it runs, and hold for the next request."""
+
+    users: dict[str, str] = field(default_factory=dict)
+    """Token → account. Any other token is refused."""
+    repos: dict[str, Repo] = field(default_factory=dict)
+    narrow: set[str] = field(default_factory=set)
+    """Fine-grained tokens without the permission to read gated repositories."""
+    faults: dict[str, Fault] = field(default_factory=dict)
+    """Part of a path → what goes wrong there."""
+    requests: list[Request] = field(default_factory=list)
+    url: str = ""
+
+    def __enter__(self) -> HubStub:
+        self._closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.hub = self  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def environment(self, *, home: Path, **more: str) -> dict[str, str]:
+        """This process's environment without its own Hugging Face settings, pointed at the stub."""
+        own = ("HF_", "HUGGING", "TRANSFORMERS_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+        local = dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
+        return {**kept, **local, "HF_ENDPOINT": self.url, "HF_HOME": str(home), **more}
+
+    @property
+    def storage(self) -> str:
+        """Where the weights lie: this server under another name, by which a client tells hosts apart.
+        It sends a token to the Hub, and none to the storage."""
+        return self.url.replace("127.0.0.1", "localhost")
+
+    @contextmanager
+    def failing(self, path: str, fault: Fault) -> Iterator[None]:
+        """`fault` wherever `path` is part of the path, for a while."""
+        self.faults[path] = fault
+        try:
+            yield
+        finally:
+            del self.faults[path]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return  # requests are recorded, not printed
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub = self._hub
+        bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        hub.requests.append(Request(self.command, self.path, bearer or None))
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), parse_qs(url.query)
+        fault = next((fault for part, fault in hub.faults.items() if part in path), None)
+        if fault == "hang":
+            hub._closing.wait()
+        if fault in ("hang", "drop"):
+            self.close_connection = True
+        elif fault == "html":
+            self._send(200, b"<html>Welcome to our hotel</html>", {"Content-Type": "text/html"})
+        elif isinstance(fault, int):
+            self._error(fault, f"status {fault}")
+        elif bearer and bearer not in hub.users:
+            self._error(401, "Invalid credentials in Authorization header")
+        else:
+            self._route(path, query, bearer, cut=fault == "cut")
+
+    def _route(self, path: str, query: dict[str, list[str]], token: str, *, cut: bool) -> None:
+        if path == "/api/whoami-v2":
+            self._whoami(token)
+            return
+        for repo_id, repo in self._hub.repos.items():
+            api = f"/api/models/{repo_id}"
+            if path == f"{api}/auth-check":
+                if self._admit(repo_id, repo, token):
+                    self._send(200, b"OK")
+                return
+            if path == api or path == f"{api}/revision/main" or path == f"{api}/revision/{COMMIT}":
+                if self._exists(repo, token):
+                    self._json(_info(repo_id, repo, query))
+                return
+            if path.startswith(f"{api}/tree/"):
+                if self._exists(repo, token):
+                    self._json([_tree_entry(name, file) for name, file in _files(repo).items()])
+                return
+            for revision in ("main", COMMIT):
+                start = f"/{repo_id}/resolve/{revision}/"
+                if path.startswith(start):
+                    if self._admit(repo_id, repo, token):
+                        self._file(repo_id, repo, path.removeprefix(start), cut=cut)
+                    return
+            if path.startswith(f"/cdn/{repo_id}/"):
+                self._content(_files(repo)[path.removeprefix(f"/cdn/{repo_id}/")], {}, cut=cut)
+                return
+        if path.startswith("/api/models/"):
+            self._exists(Repo("missing"), token)
+        else:
+            self._error(404, "Not found")
+
+    def _whoami(self, token: str) -> None:
+        if token:
+            self._json({"type": "user", "name": self._hub.users[token], "orgs": [], "auth": {}})
+        else:
+            self._error(401, "Invalid username or password.")
+
+    def _exists(self, repo: Repo, token: str) -> bool:
+        """A repository that is missing looks to the anonymous like one that is private."""
+        if repo.state != "missing":
+            return True
+        if token:
+            self._error(404, "Repository not found", code="RepoNotFound")
+        else:
+            self._error(401, "Invalid username or password.")
+        return False
+
+    def _admit(self, repo_id: str, repo: Repo, token: str) -> bool:
+        """Whether the content may be read. Metadata of a gated repository is public, so not asked
+        for it."""
+        if not self._exists(repo, token):
+            return False
+        if repo.state == "public":
+            return True
+        if not token:
+            self._error(401, ANONYMOUS.format(id=repo_id), code="GatedRepo")
+        elif token in self._hub.narrow:
+            self._error(403, NARROW)
+        elif repo.state == "granted":
+            return True
+        else:
+            self._error(403, GATED[repo.state].format(id=repo_id), code="GatedRepo")
+        return False
+
+    def _file(self, repo_id: str, repo: Repo, name: str, *, cut: bool) -> None:
+        """Small files come from here; the weights are a redirect to the storage, as on the real
+        Hub."""
+        file = _files(repo).get(name)
+        if file is None:
+            self._error(404, "Entry not found", code="EntryNotFound")
+        elif file.suffix in (".safetensors", ".bin"):
+            headers = {
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Etag": f'"{_sha(file)}"',
+                "X-Linked-Size": str(file.stat().st_size),
+                "Location": f"{self._hub.storage}/cdn/{repo_id}/{name}",
+            }
+            self._send(302, b"", headers)
+        else:
+            self._content(file, {"X-Repo-Commit": COMMIT}, cut=cut)
+
+    def _content(self, file: Path, headers: dict[str, str], *, cut: bool) -> None:
+        content, status = file.read_bytes(), 200
+        wanted = self.headers.get("Range")
+        if wanted:
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            headers = {
+                **headers,
+                "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}",
+            }
+            content, status = content[start:], 206
+        headers = {**headers, "ETag": f'"{_sha(file)}"', "Accept-Ranges": "bytes"}
+        self._send(status, content, headers, cut=cut)
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _error(self, status: int, message: str, *, code: str | None = None) -> None:
+        headers = {"X-Error-Message": message, "Content-Type": "application/json"}
+        if code:
+            headers["X-Error-Code"] = code
+        self._send(status, json.dumps({"error": message}).encode(), headers)
+
+    def _send(
+        self, status: int, body: bytes, headers: Mapping[str, str] = {}, *, cut: bool = False
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection = self.close_connection or cut
+
+    @property
+    def _hub(self) -> HubStub:
+        return self.server.hub  # type: ignore[attr-defined, no-any-return]
+
+
+def _files(repo: Repo) -> dict[str, Path]:
+    if repo.folder is None:
+        return {}
+    found = sorted(path for path in repo.folder.rglob("*") if path.is_file())
+    return {path.relative_to(repo.folder).as_posix(): path for path in found}
+
+
+def _sha(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _info(repo_id: str, repo: Repo, query: dict[str, list[str]]) -> dict[str, Any]:
+    parts = repo.parameters
+    whole = {
+        "_id": "0" * 24,
+        "id": repo_id,
+        "modelId": repo_id,
+        "sha": COMMIT,
+        "private": False,
+        "gated": False if repo.state == "public" else "manual",
+        "tags": [],
+        "siblings": [{"rfilename": name} for name in _files(repo)],
+        "safetensors": {"parameters": dict(parts), "total": sum(parts.values())} if parts else None,
+    }
+    wanted = query.get("expand") or query.get("expand[]")
+    kept = {"_id", "id", "modelId", *wanted} if wanted else set(whole) - {"safetensors"}
+    return {name: value for name, value in whole.items() if name in kept and value is not None}
+
+
+def _tree_entry(name: str, file: Path) -> dict[str, Any]:
+    size, sha = file.stat().st_size, _sha(file)
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": size, "oid": sha[:40]}
+    if file.suffix in (".safetensors", ".bin"):
+        entry["lfs"] = {"oid": sha, "size": size, "pointerSize": 134}
+    return entry

@@ -1,0 +1,508 @@
+"""Prompts, letter by letter and id by id, against a second reading of Meta's reference.
+
+The tokenizer is a real one of Llama 2's kind: the SentencePiece model that the mistral-common
+package ships (BPE, BOS 1, EOS 2, byte fallback), read once by `sentencepiece` itself, as Meta does,
+and once by transformers, as the service does. Its numbers are not Llama 2's, its rules are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LLAMA2_TEMPLATE, fast_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.errors import InvalidRequest
+from helpers.prompts import (
+    QUESTION,
+    SPECIAL_TAGS,
+    SYSTEM_PROMPT,
+    Message,
+    check_dialog,
+    count_tokens,
+    fit_to_window,
+    is_llama2,
+    llama2_prompt,
+    llama2_token_ids,
+    token_ids,
+)
+
+CHATML_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# Typed from the article, line breaks at both ends and inside the paragraphs included.
+ARTICLE_PROMPT = """
+<s>[INST] <<SYS>>
+You are a helpful, respectful, and honest assistant. Always answer as helpfully
+as possible while being safe. Your answers should not include any harmful,
+unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure
+that your responses are socially unbiased and positive in nature.
+If a question does not make any sense or is not factually coherent, explain why
+instead of answering something incorrectly. If you don't know the answer to a
+question, don't share false information.
+<</SYS>>
+If I punch myself in the face and it hurts, am I weak or strong? [/INST]
+"""
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture(scope="session", params=["legacy=False", "legacy=True", "tokenizer.json as it is"])
+def any_llama2_tokenizer(request: pytest.FixtureRequest, sentencepiece_model: Any) -> Any:
+    return fast_tokenizer(sentencepiece_model, request.param)
+
+
+@pytest.fixture(scope="session")
+def chatml_tokenizer(sentencepiece_model: Any) -> Any:
+    tokenizer = fast_tokenizer(sentencepiece_model)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "\n\n"], special_tokens=True)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = CHATML_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def untemplated(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(llama2_tokenizer, "chat_template", None)
+    return llama2_tokenizer
+
+
+# --- Meta's reference, read a second time ---------------------------------------------------------
+
+
+def metas_ids(model: Any, dialog: list[Message]) -> list[int]:
+    contents = [message["content"] for message in dialog]
+    if dialog[0]["role"] == "system":
+        folded = "<<SYS>>\n" + contents[0] + "\n<</SYS>>\n\n" + contents[1]
+        contents = [folded, *contents[2:]]
+    ids: list[int] = []
+    while len(contents) > 1:
+        question, answer = contents.pop(0), contents.pop(0)
+        text = "[INST] " + question.strip() + " [/INST] " + answer.strip() + " "
+        ids += [model.bos_id(), *model.encode(text), model.eos_id()]
+    return [*ids, model.bos_id(), *model.encode("[INST] " + contents[0].strip() + " [/INST]")]
+
+
+WORDS = (
+    " ", "  ", "   ", " " * 17, "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200d", "\x00",
+    "Hello", "world", "don't", "naïve", "e\u0301", "日本語", "שלום", "हिन्दी", "😀", "👩‍👩‍👧", "🇨🇭",
+    "1234", "3.14", "<", ">", "[/inst]", "<sys>", "INST", "<0x0A>", "<|im_start|>", "▁", "\\n",
+)  # fmt: skip
+
+
+def a_dialog(rng: random.Random) -> list[Message]:
+    def some(least: int) -> str:
+        return "".join(rng.choice(WORDS) for _ in range(rng.randint(least, 12)))
+
+    dialog = [system(some(0))] if rng.random() < 0.5 else []
+    for _ in range(rng.choice((0, 0, 1, 2, 5))):
+        dialog += [user(some(1) + "?" + some(0)), assistant(some(0))]
+    return [*dialog, user(some(0) + "?" + some(0))]
+
+
+def test_ids_are_metas_for_a_thousand_dialogs(
+    any_llama2_tokenizer: Any, sentencepiece_model: Any
+) -> None:
+    rng = random.Random(2)
+    compared: dict[str, list[Message]] = {}
+    while len(compared) < 1000:
+        dialog = a_dialog(rng)
+        expected = metas_ids(sentencepiece_model, dialog)
+        assert llama2_token_ids(dialog, any_llama2_tokenizer) == expected, dialog
+        assert llama2_token_ids(llama2_prompt(dialog), any_llama2_tokenizer) == expected, dialog
+        compared[repr(dialog)] = dialog
+    lengths = [len(dialog) for dialog in compared.values()]
+    assert {1, 2, 3, 4, 5, 6, 11, 12} == set(lengths) and min(map(lengths.count, lengths)) > 50
+
+
+def texts(min_size: int = 0) -> st.SearchStrategy[str]:
+    """Any text at all that a dialog may hold."""
+    return st.text(min_size=min_size, max_size=40).filter(
+        lambda text: not any(mark in text for mark in (*SPECIAL_TAGS, "<s>", "</s>", "<unk>"))
+    )
+
+
+@st.composite
+def dialogs(draw: st.DrawFn, max_turns: int = 3) -> list[Message]:
+    question = texts(min_size=1).filter(str.strip)
+    dialog = [system(draw(texts()))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(0, max_turns))):
+        dialog += [user(draw(question)), assistant(draw(texts()))]
+    return [*dialog, user(draw(question))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(dialog=dialogs())
+def test_a_dialog_and_its_text_have_the_same_ids_which_are_metas(
+    dialog: list[Message], llama2_tokenizer: Any, sentencepiece_model: Any
+) -> None:
+    expected = metas_ids(sentencepiece_model, dialog)
+    assert llama2_token_ids(dialog, llama2_tokenizer) == expected
+    assert llama2_token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
+    assert token_ids(dialog, llama2_tokenizer) == expected
+    assert token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
+    assert count_tokens(dialog, llama2_tokenizer) == len(expected)
+
+
+# --- The text -------------------------------------------------------------------------------------
+
+
+def test_the_texts_of_the_schema() -> None:
+    assert llama2_prompt([user(" hi\n")]) == "<s>[INST] hi [/INST]"
+    assert (
+        llama2_prompt([system("Be kind."), user("hi ")])
+        == "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"
+    )
+    three_turns = [user("a"), assistant(" b\n"), user("c"), assistant("d"), user("e")]
+    assert llama2_prompt([system("S"), *three_turns]) == (
+        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s>"
+        "<s>[INST] c [/INST] d </s>"
+        "<s>[INST] e [/INST]"
+    )
+
+
+def test_the_system_prompt_is_put_in_front_before_the_question_is_stripped() -> None:
+    assert (
+        llama2_prompt([system(" S "), user(" hi ")])
+        == "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n hi [/INST]"
+    )
+
+
+def test_the_articles_words() -> None:
+    printed = "\n".join(ARTICLE_PROMPT.splitlines()[2:9])
+    assert SYSTEM_PROMPT.split() == printed.split()
+    assert len(SYSTEM_PROMPT.split("\n\n")) == 2 and SYSTEM_PROMPT.count("\n") == 2
+    assert QUESTION in ARTICLE_PROMPT
+    assert llama2_prompt([system(SYSTEM_PROMPT), user(QUESTION)]).split() == ARTICLE_PROMPT.split()
+
+
+# --- A text that came over the wire ---------------------------------------------------------------
+
+
+def test_the_articles_own_prompt_begins_as_llama2_was_trained(any_llama2_tokenizer: Any) -> None:
+    ids = token_ids(ARTICLE_PROMPT, any_llama2_tokenizer)
+    assert ids.count(any_llama2_tokenizer.bos_token_id) == 1
+    pieces = any_llama2_tokenizer.convert_ids_to_tokens(ids)
+    assert pieces[:4] == ["<s>", "▁[", "INST", "]"]
+    assert pieces[-3:] == ["/", "INST", "]"]
+
+
+def test_the_tokenizer_alone_would_get_it_wrong(llama2_tokenizer: Any) -> None:
+    pieces = llama2_tokenizer.convert_ids_to_tokens(llama2_tokenizer.encode(ARTICLE_PROMPT))
+    assert pieces[:6] == ["<s>", "▁", "<0x0A>", "<s>", "[", "INST"]
+
+
+TWO_TURNS = "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("\n <s>[INST] a [/INST]\n\n", "<s>[INST] a [/INST]"),
+        ("[INST] a [/INST]", "<s>[INST] a [/INST]"),
+        ("<s><s>[INST] a [/INST]", "<s>[INST] a [/INST]"),
+        ("<s>\n<s>[INST] a [/INST]", "<s>[INST] a [/INST]"),
+        ("<s>[INST] a [/INST] b </s>\n<s>[INST] c [/INST]", TWO_TURNS),
+        ("<s>[INST] a [/INST] b </s> \n\n <s>[INST] c [/INST]", TWO_TURNS),
+        ("[INST] a [/INST] b </s><s>[INST] c [/INST]\n", TWO_TURNS),
+    ],
+)
+def test_a_text_counts_by_its_turns(written: str, meant: str, any_llama2_tokenizer: Any) -> None:
+    ids = llama2_token_ids(written, any_llama2_tokenizer)
+    assert ids == llama2_token_ids(meant, any_llama2_tokenizer)
+    assert ids.count(1) == meant.count("<s>") and ids.count(2) == meant.count("</s>")
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.sampled_from(["<s>", "</s>", " ", "\n", "a", "[INST]", "é"]), min_size=1))
+def test_every_text_has_a_bos_in_front_and_never_two_in_a_row(
+    parts: list[str], llama2_tokenizer: Any
+) -> None:
+    text = "".join(parts)
+    if not text.strip():
+        with pytest.raises(InvalidRequest, match="prompt is empty"):
+            llama2_token_ids(text, llama2_tokenizer)
+        return
+    ids = llama2_token_ids(text, llama2_tokenizer)
+    assert ids[0] == 1
+    assert (1, 1) not in zip(ids, ids[1:])
+    assert ids.count(2) == text.count("</s>")
+
+
+def test_whitespace_inside_a_turn_stays_as_written(
+    llama2_tokenizer: Any, sentencepiece_model: Any
+) -> None:
+    segments = ["[INST]\na\n\n[/INST]\n b\n", "[INST]  c [/INST]"]
+    first, last = map(sentencepiece_model.encode, segments)
+    ids = llama2_token_ids(f"<s>{segments[0]}</s>\n<s>{segments[1]}", llama2_tokenizer)
+    assert ids == [1, *first, 2, 1, *last]
+
+
+def test_a_text_of_another_model_is_its_tokenizers_own(
+    untemplated: Any, chatml_tokenizer: Any
+) -> None:
+    assert token_ids(" hi\n", untemplated) == untemplated.encode(" hi\n")
+    for text in ("<s>hi", "\n<s>hi"):
+        assert token_ids(text, untemplated).count(untemplated.bos_token_id) == 1
+    chat = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert token_ids(chat, chatml_tokenizer) == chatml_tokenizer.encode(chat)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_an_empty_text_is_refused(text: str, llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
+    for tokenizer in (llama2_tokenizer, chatml_tokenizer):
+        with pytest.raises(InvalidRequest, match="prompt is empty: write"):
+            token_ids(text, tokenizer)
+
+
+def test_a_text_that_is_no_unicode_is_refused(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
+    for tokenizer in (llama2_tokenizer, chatml_tokenizer):
+        with pytest.raises(InvalidRequest, match=r"^The prompt is not valid Unicode.* 3 is"):
+            token_ids("hi\ud83d", tokenizer)
+
+
+# --- Which dialogs are none -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "The dialog is empty: send at least one user message"),
+        ("hi", "a list of messages, and this is a str: send"),
+        (user("hi"), "a list of messages, and this is a dict: send"),
+        (None, "this is a NoneType"),
+        (["hi"], "Message 1 is not a dict .* write it as"),
+        ([{"role": "user"}], "Message 1 is not a dict"),
+        ([{"content": "hi"}], "Message 1 is not a dict"),
+        ([{"role": "user", "content": None}], "Message 1 is not a dict"),
+        ([{"role": "user", "content": ["hi"]}], "Message 1 is not a dict"),
+        ([user("a"), {"role": 1, "content": "hi"}], "Message 2 is not a dict"),
+        ([user("a"), {"role": "tool", "content": "b"}], "2 has the unknown role 'tool': use"),
+        ([user("a"), system("b"), user("c")], r"Message 2 \(system\) comes too late.* Move it"),
+        ([system("a"), system("b"), user("c")], r"Message 2 \(system\) comes too late"),
+        ([user("a"), assistant("b"), system("c"), user("d")], r"Message 3 \(system\) comes too"),
+        ([assistant("a"), user("b")], r"Message 1 \(assistant\) is out of turn.* the user should"),
+        ([system("s"), assistant("a"), user("b")], r"Message 2 \(assistant\) is out of turn"),
+        ([user("a"), user("b")], r"Message 2 \(user\) is out of turn.* the assistant should speak"),
+        ([user("a"), assistant("b"), assistant("c")], r"Message 3 \(assistant\) is out of turn"),
+        ([system("a")], r"Message 1 \(system\) is the last one.* end the dialog with a user"),
+        ([user("a"), assistant("b")], r"Message 2 \(assistant\) is the last one"),
+        ([user(" \n")], r"Message 1 \(user\) is empty: write"),
+        ([system("s"), user("")], r"Message 2 \(user\) is empty"),
+        ([user("a\ud83d")], r"1 \(user\) is not valid Unicode: its character 2 is '\\ud83d'"),
+    ],
+)
+def test_what_is_no_dialog_is_refused_with_its_place_and_cure(messages: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as refusal:
+        check_dialog(messages)
+    str(refusal.value).encode("utf-8")
+
+
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+@pytest.mark.parametrize("place", range(4))
+def test_a_tag_in_any_message_is_refused(
+    tag: str, place: int, llama2_tokenizer: Any, chatml_tokenizer: Any
+) -> None:
+    dialog = [system("s"), user("a"), assistant("b"), user("c")]
+    dialog[place]["content"] += f" x{tag}y"
+    for refuse in (
+        lambda: check_dialog(dialog),
+        lambda: llama2_prompt(dialog),
+        lambda: token_ids(dialog, llama2_tokenizer),
+        lambda: token_ids(dialog, chatml_tokenizer),
+    ):
+        with pytest.raises(InvalidRequest) as refusal:
+            refuse()
+        message = str(refusal.value)
+        assert message.startswith(f"Message {place + 1} ({dialog[place]['role']}) holds {tag!r}")
+        assert "prompt injection" in message and "Take it out" in message
+
+
+def test_special_tokens_in_a_message_are_refused_where_they_would_be_read_as_such(
+    llama2_tokenizer: Any, chatml_tokenizer: Any
+) -> None:
+    for token in ("<s>", "</s>"):
+        for refuse in (llama2_prompt, lambda d: llama2_token_ids(d, llama2_tokenizer)):
+            with pytest.raises(InvalidRequest, match=rf"Message 1 \(user\) holds '{token}'"):
+                refuse([user(f"hi {token}[INST")])
+    with pytest.raises(InvalidRequest, match="holds '<unk>'"):
+        token_ids([user("<unk>")], llama2_tokenizer)
+    with pytest.raises(InvalidRequest, match=r"holds '<\|im_end\|>'"):
+        token_ids([user("hi<|im_end|>")], chatml_tokenizer)
+    assert token_ids([user("hi<|im_end|>")], llama2_tokenizer)
+    assert token_ids([user("a\n\nb"), assistant("<think> b"), user("c")], chatml_tokenizer)
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) holds '<eot>'"):
+        check_dialog([user("a<eot>b")], special_tokens=["<eot>"])
+
+
+def test_a_token_is_refused_when_the_tokenizer_uses_it_as_a_special_one(
+    sentencepiece_model: Any,
+) -> None:
+    tokenizer = fast_tokenizer(sentencepiece_model)
+    tokenizer.add_tokens(["<turn>"])
+    assert token_ids([user("a<turn>")], tokenizer)
+    tokenizer.eos_token = "<turn>"
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) holds '<turn>'"):
+        token_ids([user("a<turn>")], tokenizer)
+
+
+def test_a_checked_dialog_is_a_plain_copy() -> None:
+    dialog = ({**system(""), "name": "x"}, user("a"), assistant(""), user("b"))
+    checked = check_dialog(dialog)
+    assert checked == [system(""), user("a"), assistant(""), user("b")]
+    assert checked[1] is not dialog[1]
+
+
+# --- Other models ---------------------------------------------------------------------------------
+
+
+def test_another_model_gets_its_own_template(chatml_tokenizer: Any) -> None:
+    dialog = [system("s"), user("a"), assistant("b"), user("c")]
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in dialog)
+    expected = chatml_tokenizer.encode(text + "<|im_start|>assistant\n", add_special_tokens=False)
+    ids = token_ids(dialog, chatml_tokenizer)
+    assert type(ids) is list and ids == expected
+    assert ids[0] == chatml_tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert count_tokens(dialog, chatml_tokenizer) == len(expected)
+
+
+def test_messages_for_a_model_without_a_template_are_refused(untemplated: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"has no chat template.* /stream"):
+        token_ids([user("hi")], untemplated)
+
+
+def test_what_a_template_refuses_is_an_invalid_request(
+    llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ raise_exception('Conversation roles must alternate') }}"
+    monkeypatch.setattr(llama2_tokenizer, "chat_template", template)
+    with pytest.raises(InvalidRequest, match=r"template refuses .*\(Conversation roles must alt"):
+        token_ids([user("hi")], llama2_tokenizer)
+
+
+def test_other_failures_of_a_tokenizer_are_not_blamed_on_the_request(
+    chatml_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(chatml_tokenizer, "apply_chat_template", broken)
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        token_ids([user("hi")], chatml_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (LLAMA2_TEMPLATE, True),
+        ({"default": LLAMA2_TEMPLATE}, True),
+        ("{{ bos_token }}[INST] {{ messages[0].content }} [/INST]", False),
+        (CHATML_TEMPLATE, False),
+        (None, False),
+    ],
+)
+def test_llama2_is_told_by_its_template(
+    template: Any, answer: bool, llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama2_tokenizer, "chat_template", template)
+    assert is_llama2(llama2_tokenizer) is answer
+
+
+# --- The window -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), dialog=dialogs(max_turns=6), max_tokens=st.integers(1, 50))
+@pytest.mark.parametrize("kind", ["llama2", "chatml"])
+def test_a_dialog_loses_as_few_of_its_oldest_turns_as_it_can(
+    kind: str,
+    data: st.DataObject,
+    dialog: list[Message],
+    max_tokens: int,
+    llama2_tokenizer: Any,
+    chatml_tokenizer: Any,
+) -> None:
+    tokenizer = {"llama2": llama2_tokenizer, "chatml": chatml_tokenizer}[kind]
+    head = dialog[: int(dialog[0]["role"] == "system")]
+    turns = dialog[len(head) :]
+    possible = [head + turns[2 * k :] for k in range(len(turns) // 2 + 1)]
+    lengths = [count_tokens(left, tokenizer) for left in possible]
+    window = max_tokens + data.draw(st.integers(lengths[-1], lengths[0] + 5))
+
+    fitted = fit_to_window(dialog, tokenizer, window=window, max_tokens=max_tokens)
+
+    fewest = next(k for k, length in enumerate(lengths) if length + max_tokens <= window)
+    assert fitted.dropped_turns == fewest
+    assert fitted.messages == possible[fewest]
+    assert fitted.messages[: len(head)] == head and fitted.messages[-1] == dialog[-1]
+    assert fitted.token_ids == token_ids(fitted.messages, tokenizer)
+    assert len(fitted.token_ids) + max_tokens <= window
+
+
+def test_a_question_that_cannot_fit_is_refused_with_the_numbers(llama2_tokenizer: Any) -> None:
+    dialog = [user("a"), assistant("b"), user("word " * 50)]
+    least = count_tokens(dialog[-1:], llama2_tokenizer)
+    exact = fit_to_window(dialog, llama2_tokenizer, window=least + 10, max_tokens=10)
+    assert exact.dropped_turns == 1 and exact.messages == dialog[-1:]
+
+    with pytest.raises(InvalidRequest) as refusal:
+        fit_to_window(dialog, llama2_tokenizer, window=least + 9, max_tokens=10)
+    assert str(refusal.value) == (
+        f"The last question takes {least} tokens, and with max_tokens=10 for the answer that is 1 "
+        f"more than the model's window of {least + 9}: shorten it, or set max_tokens to 9 or less."
+    )
+    with pytest.raises(InvalidRequest, match=r"^The system prompt and .* take .*one of them\.$"):
+        fit_to_window([system("s"), *dialog], llama2_tokenizer, window=least, max_tokens=10)
+
+
+def test_a_dialog_that_is_none_is_refused_before_it_is_fitted(llama2_tokenizer: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) holds '<s>'"):
+        fit_to_window([user("<s>")], llama2_tokenizer, window=100, max_tokens=10)
+
+
+def test_a_long_dialog_is_encoded_a_few_times_not_once_per_turn(
+    llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = 512
+    dialog = [user("a"), assistant("b")] * turns + [user("c")]
+    whole = count_tokens(dialog, llama2_tokenizer)
+    encoded: list[str] = []
+    encode = llama2_tokenizer.encode
+
+    def counting(text: str, **options: Any) -> list[int]:
+        encoded.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(llama2_tokenizer, "encode", counting)
+    fitted = fit_to_window(dialog, llama2_tokenizer, window=whole - 1, max_tokens=1)
+    assert fitted.dropped_turns == 1
+    assert len(encoded) <= (turns + 1) * 11
+
+
+# --- The module -----------------------------------------------------------------------------------
+
+
+def test_the_module_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'jina', 'docarray', 'tokenizers', 'jinja2'}"
+    code = f"import sys, helpers.prompts; assert not {heavy} & set(sys.modules)"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
