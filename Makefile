@@ -35,7 +35,7 @@ lab: .venv/.lab .venv/.embedded ## open the notebooks in JupyterLab
 
 notebooks: .venv/.lab .venv/.embedded ## run the notebooks from top to bottom, and store their outputs
 	@for notebook in $(NOTEBOOKS); do \
-	    $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
+	    $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $$notebook || exit 1; \
 	done
 
 bench: .venv/.demo .venv/.embedded ## measure tokens per second on this machine
@@ -131,9 +131,9 @@ index = "https://download.pytorch.org/whl/cpu"
 if platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64") and not shutil.which("nvidia-smi"):
     try:
         urllib.request.urlopen(index + "/torch/", timeout=5).close()
-        print(index)
-    except Exception:
-        pass
+    except OSError:
+        index = "none"
+    print(index)
 endef
 export FIND_CPU_TORCH
 

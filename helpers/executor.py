@@ -22,7 +22,7 @@ from ._jina import Executor, requests
 from .detokenizer import Detokenizer
 from .engine import Engine, Generation
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
-from .processes import wait_for
+from .processes import wait_for_end_of_parent
 from .schemas import (
     ChatDocument,
     ModelDocument,
@@ -208,7 +208,7 @@ def _die_with_parent() -> None:
     parent = os.getppid()
 
     def wait_and_exit() -> None:
-        wait_for(parent)
+        wait_for_end_of_parent(parent)
         os._exit(1)
 
     threading.Thread(target=wait_and_exit, name="die-with-parent", daemon=True).start()

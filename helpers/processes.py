@@ -1,21 +1,24 @@
-"""Ports and processes of this machine: who holds a port, and when a process has ended."""
+"""Ports and processes of this machine: who holds a port, and when a parent has ended."""
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import time
 
 import psutil
 
 from .errors import InvalidRequest, ServiceUnavailable
 
 
-def wait_for(pid: int) -> None:
-    """Return when the process `pid` has ended, or at once where there is none."""
-    try:
-        psutil.Process(pid).wait()
-    except psutil.NoSuchProcess:
-        return
+def wait_for_end_of_parent(parent: int) -> None:
+    """Return when the process `parent`, which started this one, has ended, however that happened.
+
+    A process whose parent ends gets another one at once, also while the old one is still a zombie.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.05)
 
 
 def free_port(host: str) -> int:

@@ -7,6 +7,8 @@ dies with the program that started it, also when that is killed, and frees its p
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,15 +18,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import psutil
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import access, client
 from .client import HOST, PORT
-from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error
-from .processes import check_port, free_port, wait_for
+from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error, to_wire
+from .processes import check_port, free_port, wait_for_end_of_parent
 from .schemas import ModelDocument
 
 _READY = "Ready"
@@ -121,12 +123,11 @@ class Service:
 
     def _wait(self) -> None:
         """Return when the service has answered; until then show what its log says last."""
-        with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as shown:
+        with _progress("Starting the service") as show:
             while not any(line.startswith(_READY) for line in self._lines()):
                 if self._process.poll() is not None:
                     raise self._failure()
-                latest = self._lines()[-1:] or ["importing torch and jina"]
-                shown.set_description_str(f"starting the service: {latest[0][-80:]}")
+                show(*self._lines()[-1:])
                 time.sleep(0.05)
         self.info()
 
@@ -140,6 +141,24 @@ class Service:
             f"The service ended with status {self._process.returncode} before it was ready. "
             "The end of its log:\n" + "\n".join(lines[-20:])
         )
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[..., None]]:
+    """A line that changes while something is under way: in a terminal, in a notebook's cell, nowhere else.
+
+    A notebook keeps the title alone, so that its stored output does not depend on the time it took.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and shell.has_trait("kernel"):
+        from IPython.display import Pretty, display
+
+        handle = display(Pretty(title), display_id=True)
+        yield lambda *doing: handle.update(Pretty(": ".join([title, *doing])))
+        handle.update(Pretty(title))
+    else:
+        with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
+            yield lambda *doing: bar.set_description_str(": ".join([title, *doing])[:100])
 
 
 def run(
@@ -170,7 +189,7 @@ def run(
         signal.signal(signal_number, end)
     if parent is not None:
         def end_with_parent() -> None:
-            wait_for(parent)
+            wait_for_end_of_parent(parent)
             if log is not None:
                 shutil.rmtree(log.parent, ignore_errors=True)
             end()
@@ -201,7 +220,15 @@ def run(
         with deployment:
             ready.set()
             print(f"{_READY} on {host}:{port}. Ctrl-C stops the service.", flush=True)
-            deployment.block(stop_event=stop)
+            while not stop.wait(0.2):
+                if not multiprocessing.active_children():
+                    _fail("The model's process has died, perhaps for want of memory. Start the service again.")
     except RuntimeFailToStart:
         check_port(host, port)  # has somebody else been quicker?
         raise SystemExit(1) from None  # the executor has said why
+
+
+def _fail(sentence: str) -> None:
+    """End at once: Jina would wait a minute for a process that is gone."""
+    print(to_wire(ServiceUnavailable(sentence)), file=sys.stderr, flush=True)
+    os._exit(1)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import helpers
@@ -175,7 +176,7 @@ class Script:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Iterator[Any]:
-    """Start programs with ``script(*arguments)``; whatever still runs at the end is killed."""
+    """Start programs with ``script(*arguments)``; at the end they and their children are killed."""
     started: list[Script] = []
 
     def start(*command: str, **options: Any) -> Script:
@@ -184,8 +185,11 @@ def script(tmp_path: Path) -> Iterator[Any]:
 
     yield start
     for one in started:
-        one.process.kill()
-        one.process.wait()
+        if one.process.poll() is None:
+            for process in psutil.Process(one.process.pid).children(recursive=True):
+                process.kill()
+            one.process.kill()
+            one.process.wait()
 
 
 def wire(port: int, endpoint: str, fields: dict[str, Any]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import glob
 import os
 import re
 import signal
@@ -437,8 +436,13 @@ def family() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-def leftovers() -> list[str]:
-    return sorted(glob.glob(f"{tempfile.gettempdir()}/helpers-service-*"))
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: Any) -> Path:
+    """A folder for temporary files that is this test's alone."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -450,20 +454,21 @@ def leftovers() -> list[str]:
     ],
 )
 def test_a_service_that_cannot_start_says_why_and_leaves_nothing(
-    torch: Any, model: str, precision: str, error: type, sentence: str, monkeypatch: Any
+    torch: Any, model: str, precision: str, error: type, sentence: str, monkeypatch: Any, temporary: Path
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port('127.0.0.1')}")  # no network
-    before = leftovers(), family()
+    before = family()
     with pytest.raises(error, match=sentence):
         helpers.serve(model, precision, port=0)
-    assert (leftovers(), family()) == before
+    assert family() == before
+    assert list(temporary.iterdir()) == []
 
 
-def test_twenty_starts_and_stops_leave_nothing(tiny_folder: Path) -> None:
+def test_twenty_starts_and_stops_leave_nothing(tiny_folder: Path, temporary: Path) -> None:
     """Two side by side, ten times: no process, thread, port, file handle or temporary file is left."""
 
     def state() -> tuple[Any, ...]:
-        return family(), threading.active_count(), leftovers()
+        return family(), threading.active_count(), list(temporary.iterdir())
 
     with helpers.serve(str(tiny_folder), port=0) as service:
         service.ask("Hello", max_tokens=1)  # what is imported once is imported now
