@@ -4,7 +4,8 @@
 
 Each round asks the article's question twice, once of a bare decode loop in this process and once of the
 service over gRPC, with the same weights and the same greedy tokens. The machine's speed changes
-while it runs, so read the medians of the rounds' ratios; seconds on their own mean little.
+while it runs, so read the medians of the rounds' ratios; seconds on their own mean little. Both hold the
+model at the same time, so it needs its memory twice.
 """
 
 from __future__ import annotations
@@ -76,16 +77,15 @@ def main() -> None:
     with helpers.serve(chat_model.name, chat_model.precision, port=0) as service:
         pairs: list[tuple[Run, Run]] = []
         for n in range(options.rounds + 1):
-            order = [lambda: bare(chat_model, options.tokens), lambda: served(service, options.tokens)]
             if n % 2:
-                pair = tuple(reversed([ask() for ask in reversed(order)]))
+                alone, through = bare(chat_model, options.tokens), served(service, options.tokens)
             else:
-                pair = tuple(ask() for ask in order)
-            if pair[0].text != pair[1].text:
-                raise SystemExit(f"The two did not say the same:\n{pair[0].text}\n{pair[1].text}")
+                through, alone = served(service, options.tokens), bare(chat_model, options.tokens)
+            if alone.text != through.text:
+                raise SystemExit(f"The two did not say the same:\n{alone.text}\n{through.text}")
             if n:  # the first round warms up
-                pairs.append(pair)
-                print(f"round {n}: {line(*pair)}", flush=True)
+                pairs.append((alone, through))
+                print(f"round {n}: {line(alone, through)}", flush=True)
     median = statistics.median
     print(
         f"\n{chat_model.name} at {chat_model.precision} on {chat_model.device} "

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from . import errors
+
 _HOME = {
     "serve": "service",
     "stream": "client",
@@ -17,7 +19,7 @@ _HOME = {
     "Answer": "client",
     "Conversation": "client",
 }
-__all__ = list(_HOME)
+__all__ = ["errors", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,7 +57,7 @@ def ask(options: argparse.Namespace) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Talk, turn by turn, until an empty line or the end of the input."""
+    """Talk, turn by turn, until an empty line or the end of the input. /undo forgets the last turn."""
     with _service(options) as port:
         from .client import Conversation
 
@@ -67,8 +67,14 @@ def chat(options: argparse.Namespace) -> int:
             temperature=options.temperature,
             port=port,
         )
-        print("Ask away. An empty line ends the chat, Ctrl-C stops an answer.", file=sys.stderr)
+        print(
+            "Ask away. An empty line ends the chat, Ctrl-C stops an answer, /undo forgets the last turn.",
+            file=sys.stderr,
+        )
         while question := _read_question():
+            if question == "/undo":
+                talk.undo()
+                continue
             try:
                 _show(talk.stream(question))
             except HelpersError as error:

@@ -68,6 +68,9 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        return f"<Answer, {self.finish_reason or 'not complete'}: {self.text!r}>"
+
     @property
     def tokens_per_second(self) -> float | None:
         """Of the tokens after the first; None where there were fewer than two."""
@@ -211,6 +214,11 @@ class Conversation:
         """The next answer, complete."""
         return "".join(self.stream(question))
 
+    def undo(self) -> None:
+        """Forget the last question and its answer; without any, do nothing."""
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            del self.messages[-2:]
+
 
 class _Wire(Generic[Doc]):
     """One request to an endpoint, and the documents that come back.
@@ -231,14 +239,13 @@ class _Wire(Generic[Doc]):
         message.header.exec_endpoint = self.endpoint
         message.document_cls = type(self.request)
         message.data.doc = self.request
-        address, no_proxy = f"{self.host}:{self.port}", {"grpc.enable_http_proxy": 0}
-        with self._telling_failures(), get_grpc_channel(address, no_proxy) as channel:
+        with self._telling_failures(), get_grpc_channel(f"{self.host}:{self.port}") as channel:
             for response in JinaSingleDocumentRequestRPCStub(channel).stream_doc(message):
                 yield self.returns.from_protobuf(response.document)
 
     async def documents_async(self) -> AsyncIterator[Doc]:
         _keep_grpc_running()
-        client = Client(host=self.host, port=self.port, protocol="grpc", asyncio=True)
+        client = Client(host=self.host, port=self.port, protocol="grpc", asyncio=True, proxy=True)
         stream = client.stream_doc(
             on=self.endpoint, inputs=self.request, return_type=self.returns
         )

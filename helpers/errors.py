@@ -42,8 +42,8 @@ def to_wire(error: BaseException) -> str:
     """
     if not isinstance(error, HelpersError):
         error = GenerationFailed(
-            f"The model failed while it was generating ({type(error).__name__}: {error}). "
-            "Nothing after this point was produced; the service's log has the traceback."
+            f"The service failed ({type(error).__name__}: {error}). What came before is not a whole answer; "
+            "ask again, and look into the service's log if it happens again."
         )
     return " ".join(f"{type(error).__name__}: {error}".split())
 

@@ -9,6 +9,7 @@ No ``from __future__ import annotations`` here: Jina needs the endpoints' annota
 """
 
 import asyncio
+import logging
 import os
 import sys
 import threading
@@ -32,9 +33,11 @@ from .schemas import (
     what_is_wrong,
 )
 
+log = logging.getLogger(__name__)
+
 
 class _Received(Sampling):
-    """A request as it arrives: one that does not parse still reaches its endpoint, as a refusal."""
+    """A request as it arrives: one that cannot be read still reaches its endpoint, as a refusal."""
 
     refusal: Optional[str] = None
 
@@ -44,50 +47,40 @@ class _Received(Sampling):
             return super().from_protobuf(pb_msg)
         except Exception as error:
             why = what_is_wrong(error) if isinstance(error, ValidationError) else error
-            return cls._refused(f"The request cannot be read: {why}.")
-
-    @classmethod
-    def _refused(cls, refusal: str) -> "_Received":
-        raise NotImplementedError
+            refusal = f"The request cannot be read: {why}."
+            return cls.model_construct(prompt="", messages=[], max_tokens=0, refusal=refusal)
 
 
 class PromptRequest(_Received, PromptDocument):
     """A `PromptDocument` as the service receives it."""
 
-    @classmethod
-    def _refused(cls, refusal: str) -> "PromptRequest":
-        return cls(prompt="", max_tokens=0, refusal=refusal)
-
 
 class ChatRequest(_Received, ChatDocument):
     """A `ChatDocument` as the service receives it."""
-
-    @classmethod
-    def _refused(cls, refusal: str) -> "ChatRequest":
-        return cls(messages=[], max_tokens=0, refusal=refusal)
 
 
 class TokenStreamingExecutor(Executor):
     """A chat model that streams its answers.
 
     `model` and `precision` are those of `helpers.models.load`, which runs while the executor starts.
-    With `die_with_parent` the process ends when the one that started it does, however that ended.
+    With `parent`, the id of the process that starts this one, it ends when that does, however that ends.
     """
 
     def __init__(
         self,
         model: str = "auto",
         precision: str = "auto",
-        die_with_parent: bool = False,
+        parent: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if die_with_parent:
-            _die_with_parent()
+        if parent is not None:
+            threading.Thread(target=_die_with, args=(parent,), name="die-with-parent", daemon=True).start()
         try:
             self.chat_model = models.load(model, precision)
-        except HelpersError as error:
+        except HelpersError as error:  # Jina swallows it; whoever started the service reads it here
             print(to_wire(error), file=sys.stderr, flush=True)
+            logging.disable()  # and needs no second, vaguer account of it by Jina
             raise
         self.engine = Engine(
             self.chat_model.model,
@@ -191,6 +184,8 @@ class TokenStreamingExecutor(Executor):
                 dropped_turns=dropped_turns,
             )
         except Exception as error:
+            if not isinstance(error, HelpersError):
+                log.exception("a request failed")
             yield _failed(error)
         finally:
             if generation is not None:
@@ -203,12 +198,7 @@ def _failed(error: Exception) -> ModelOutputDocument:
     )
 
 
-def _die_with_parent() -> None:
-    """End this process when the one that started it does: a killed parent cannot stop its children."""
-    parent = os.getppid()
-
-    def wait_and_exit() -> None:
-        wait_for_end_of_parent(parent)
-        os._exit(1)
-
-    threading.Thread(target=wait_and_exit, name="die-with-parent", daemon=True).start()
+def _die_with(parent: int) -> None:
+    """End this process when its parent does: a parent that is killed cannot stop its children."""
+    wait_for_end_of_parent(parent)
+    os._exit(1)

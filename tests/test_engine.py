@@ -90,9 +90,11 @@ def test_others_wait_in_order(engine: Any) -> None:
         list(generations[number])
         order.append(number)
 
-    for thread in [threading.Thread(target=read, args=(n,)) for n in (2, 1, 0)]:
-        thread.start()
-    list(engine.submit(PROMPT, max_tokens=1))
+    readers = [threading.Thread(target=read, args=(n,)) for n in (2, 1, 0)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
     assert order == [0, 1, 2]
     assert engine.waiting == 0
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
 
-from helpers.processes import free_port
+from helpers.processes import port_to_listen_on
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -33,7 +34,7 @@ def test_ask_starts_a_service_of_its_own_and_stops_it(tiny_folder: Any) -> None:
 
 
 def test_ask_without_a_service_is_a_sentence_and_no_traceback() -> None:
-    done = run("ask", "Hello", "--port", str(free_port("127.0.0.1")))
+    done = run("ask", "Hello", "--port", str(port_to_listen_on("127.0.0.1", 0)))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ServiceUnavailable: The service at 127.0.0.1:")
     assert done.stderr.count("\n") == 1
@@ -50,12 +51,14 @@ def test_chat_keeps_the_conversation(tiny_service: Any) -> None:
 
     done = run(
         "chat", "--system", "Be brief.", "--max-tokens", "5", "--port", str(tiny_service.port),
-        input="Hello\nAnd [INST]?\nWho are you?\n", stdin=None,
+        input="Hello\nAnd [INST]?\nForget this\n/undo\nWho are you?\n", stdin=None,
     )  # fmt: skip
     talk = helpers.Conversation("Be brief.", max_tokens=5, port=tiny_service.port)
-    first, second = talk.ask("Hello"), talk.ask("Who are you?")
+    first, forgotten = talk.ask("Hello"), talk.ask("Forget this")
+    talk.undo()
+    second = talk.ask("Who are you?")
     assert done.returncode == 0
-    assert done.stdout == f"{first}\n{second}\n"
+    assert done.stdout == f"{first}\n{forgotten}\n{second}\n"
     assert "InvalidRequest: Message 4 (user) holds '[INST]'" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -71,13 +74,55 @@ def test_importing_helpers_is_cheap() -> None:
     assert done.stdout == "set()\n"
 
 
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+
+
 def test_a_client_needs_no_torch() -> None:
-    """With torch and transformers out of reach the client's modules import, and `serve` says what is missing."""
-    program = (
-        "import sys\n"
-        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+    program = WITHOUT_TORCH + (
         "import helpers.client, helpers.prompts, helpers.schemas, helpers.service\n"
         "print(helpers.client.stream('Hello').finish_reason)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("None\n", "")
+
+
+def test_a_service_without_torch_says_what_to_install() -> None:
+    program = WITHOUT_TORCH + "from helpers.__main__ import main; sys.exit(main(['serve', '--port', '0']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ModelUnavailable: A service needs more than a client does")
+    assert "pip install" in done.stderr
+
+
+def test_importing_the_client_leaves_the_program_as_it_was() -> None:
+    """Jina's import changes what belongs to the program: Ctrl-C, how warnings look, how processes start."""
+    program = (
+        "import multiprocessing, signal, warnings\n"
+        "handler = lambda *_: None\n"
+        "signal.signal(signal.SIGINT, handler)\n"
+        "format = warnings.formatwarning\n"
+        "import helpers.client\n"
+        "assert signal.getsignal(signal.SIGINT) is handler\n"
+        "assert warnings.formatwarning is format\n"
+        "assert ('always', None, DeprecationWarning, None, 0) not in warnings.filters\n"
+        "assert multiprocessing.get_start_method(allow_none=True) is None"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_proxy_is_kept_and_not_used_for_this_machine(tiny_service: Any) -> None:
+    program = (
+        "import asyncio, helpers, subprocess\n"
+        f"print(helpers.ask('Hello', max_tokens=3, port={tiny_service.port}).completion_tokens)\n"
+        f"print(asyncio.run(helpers.aask('Hello', max_tokens=3, port={tiny_service.port})).completion_tokens)\n"
+        "subprocess.run('echo $http_proxy', shell=True)"
+    )
+    proxy = f"http://127.0.0.1:{port_to_listen_on('127.0.0.1', 0)}"
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "http_proxy": proxy},
+    )
+    assert (done.stdout, done.stderr) == (f"3\n3\n{proxy}\n", "")

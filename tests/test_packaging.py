@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -185,6 +186,8 @@ def our_venv() -> None:
 
 
 def test_what_is_installed_is_what_is_pinned(our_venv: None) -> None:
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed: `make test` installs every extra, and then compares")
     pinned, seen, wrong = pins(), set(), []
     todo: list[tuple[str, str]] = [(PROJECT["name"], extra) for extra in DECLARED]
     while todo:

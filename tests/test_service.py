@@ -23,7 +23,7 @@ from conftest import TESTS, wire
 import helpers
 from helpers import prompts
 from helpers.errors import GenerationFailed, InvalidRequest, ModelUnavailable, ServiceUnavailable
-from helpers.processes import free_port
+from helpers.processes import port_to_listen_on
 
 SLOW = "[INST] Tell me everything. [/INST]"
 """A prompt that the tiny model, which knows no end, answers until it may not any more."""
@@ -324,7 +324,7 @@ def test_two_thousand_requests_cancelled_at_once(tiny_service: Any) -> None:
 @pytest.mark.parametrize("gateway", [False, True], ids=["no gateway", "Jina's gateway"])
 def test_a_model_that_breaks_in_the_middle(script: Any, tiny_folder: Path, gateway: bool) -> None:
     """It is told as it happened, once, with what came before; behind Jina's gateway too."""
-    port = free_port("127.0.0.1")
+    port = port_to_listen_on("127.0.0.1", 0)
     options = [str(tiny_folder), "--port", str(port), "--break-at", "4", *(["--gateway"] * gateway)]
     running = script(str(TESTS / "article_service.py"), *options)
     running.wait_for("Ready")
@@ -366,6 +366,16 @@ def test_a_service_killed_in_the_middle_is_a_failure_and_leaves_nothing(tiny_fol
         service.ask("Are you there?")
 
 
+def test_a_model_that_is_killed_while_it_loads_is_told(script: Any, embedded: Any) -> None:
+    """As when memory runs out: Jina itself would wait for it for ever."""
+    starting = script("-m", "helpers", "serve", "--model", "smollm2", "--port", "0")
+    starting.wait_for("Loading weights")
+    (executor,) = psutil.Process(starting.process.pid).children()
+    executor.kill()
+    assert starting.process.wait(30) == 1
+    assert "ServiceUnavailable: The model's process has died" in starting.log.read_text()
+
+
 def test_a_service_that_is_stopped_in_the_middle_says_so(tiny_folder: Path) -> None:
     service = helpers.serve(str(tiny_folder), port=0)
     answer = service.stream(prompt=SLOW, max_tokens=450)
@@ -395,7 +405,7 @@ def test_a_killed_parent_takes_its_service_along(script: Any, tiny_folder: Path)
 
 
 def test_a_parent_killed_while_its_service_starts_takes_it_along(script: Any, tiny_folder: Path) -> None:
-    port = free_port("127.0.0.1")
+    port = port_to_listen_on("127.0.0.1", 0)
     parent = script("-c", f"import helpers, sys; helpers.serve(sys.argv[1], port={port})", str(tiny_folder))
     until(lambda: psutil.Process(parent.process.pid).children(), "the service starts")
     family = psutil.Process(parent.process.pid).children(recursive=True)
@@ -427,9 +437,11 @@ def test_what_is_no_port_is_refused(port: int) -> None:
         helpers.serve(port=port)
 
 
-def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(ServiceUnavailable, match="192.0.2.1"):
-        helpers.serve(host="192.0.2.1")
+@pytest.mark.parametrize("port", [0, 12345])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_of_another_machine_is_refused(host: str, port: int) -> None:
+    with pytest.raises(ServiceUnavailable, match=f"cannot listen on {host}"):
+        helpers.serve(host=host, port=port)
 
 
 def family() -> set[int]:
@@ -456,7 +468,7 @@ def temporary(tmp_path: Path, monkeypatch: Any) -> Path:
 def test_a_service_that_cannot_start_says_why_and_leaves_nothing(
     torch: Any, model: str, precision: str, error: type, sentence: str, monkeypatch: Any, temporary: Path
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port('127.0.0.1')}")  # no network
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port_to_listen_on('127.0.0.1', 0)}")  # no network
     before = family()
     with pytest.raises(error, match=sentence):
         helpers.serve(model, precision, port=0)
@@ -491,7 +503,7 @@ def test_twenty_starts_and_stops_leave_nothing(tiny_folder: Path, temporary: Pat
 def test_the_foreground_service_needs_no_stdin_and_stops_on_sigterm(
     script: Any, tiny_folder: Path, stdin: str
 ) -> None:
-    port = free_port("127.0.0.1")
+    port = port_to_listen_on("127.0.0.1", 0)
     command = ["-m", "helpers", "serve", "--model", str(tiny_folder), "--port", str(port)]
     if stdin == "closed":
         shell = f"exec {sys.executable} {' '.join(command)} <&-"
@@ -509,7 +521,7 @@ def test_the_foreground_service_needs_no_stdin_and_stops_on_sigterm(
 
 
 def test_ctrl_c_stops_the_foreground_service(script: Any, tiny_folder: Path) -> None:
-    port = free_port("127.0.0.1")
+    port = port_to_listen_on("127.0.0.1", 0)
     running = script(
         "-m", "helpers", "serve", "--model", str(tiny_folder), "--port", str(port), start_new_session=True
     )
