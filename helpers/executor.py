@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from . import models, prompts
 from ._jina import Executor, requests
 from .detokenizer import Detokenizer
-from .engine import Engine, Generation
+from .engine import Engine
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
 from .processes import wait_for_end_of_parent
 from .schemas import (
@@ -78,9 +78,9 @@ class TokenStreamingExecutor(Executor):
             threading.Thread(target=_die_with, args=(parent,), name="die-with-parent", daemon=True).start()
         try:
             self.chat_model = models.load(model, precision)
-        except HelpersError as error:  # Jina swallows it; whoever started the service reads it here
+        except HelpersError as error:  # Jina swallows it: whoever started the service reads it here
             print(to_wire(error), file=sys.stderr, flush=True)
-            logging.disable()  # and needs no second, vaguer account of it by Jina
+            logging.disable()  # of Jina, which has less to say about it
             raise
         self.engine = Engine(
             self.chat_model.model,

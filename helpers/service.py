@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import psutil
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from . import access, client
 from .client import HOST, PORT
 from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error, to_wire
 from .processes import port_to_listen_on, wait_for_end_of_parent
+from .prompts import Message
 from .schemas import ModelDocument
 
 _READY = "Ready"
@@ -67,7 +68,7 @@ class Service:
         # PYTHONSAFEPATH: the working directory may hold another `helpers`
         path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
-        if token := access.find_token():
+        if (token := access.find_token()) and token.usable:
             environment["HF_TOKEN"] = token.value  # by environment: arguments are seen by everybody
         self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
         command = [sys.executable, "-m", "helpers", "serve", "--model", model, "--precision", precision]
@@ -94,13 +95,13 @@ class Service:
         state = "running" if self._process.poll() is None else "stopped"
         return f"<Service on {self.host}:{self.port}, {state}>"
 
-    def stream(self, *messages: Any, **options: Any) -> client.Answer:
+    def stream(self, messages: str | Sequence[Message] | None = None, **options: Any) -> client.Answer:
         """`helpers.stream`, asking this service."""
-        return client.stream(*messages, host=self.host, port=self.port, **options)
+        return client.stream(messages, host=self.host, port=self.port, **options)
 
-    def ask(self, *messages: Any, **options: Any) -> client.Answer:
+    def ask(self, messages: str | Sequence[Message] | None = None, **options: Any) -> client.Answer:
         """`helpers.ask`, asking this service."""
-        return client.ask(*messages, host=self.host, port=self.port, **options)
+        return client.ask(messages, host=self.host, port=self.port, **options)
 
     def info(self) -> ModelDocument:
         """`helpers.info` of this service."""
@@ -241,7 +242,6 @@ def run(
         timeout_ready=-1,  # a first download takes as long as it takes
         grpc_server_options={"grpc.so_reuseport": 0},  # two services must not share a port unnoticed
         proxy=True,  # a download may need it
-        quiet=True,
     )
     try:
         with deployment:
@@ -250,4 +250,6 @@ def run(
             deployment.block(stop_event=stop)
     except RuntimeFailToStart:
         port_to_listen_on(host, port)  # has somebody else been quicker?
-        raise SystemExit(1) from None  # the executor has said why
+        raise SystemExit(
+            "The service did not start. If nothing above says why, JINA_LOG_LEVEL=ERROR lets Jina tell."
+        ) from None

@@ -5,8 +5,8 @@ to, whether a repository may be read, what it holds, and its files. Answers, hea
 are those of the real Hub, as its client expects them (``huggingface_hub/utils/_http.py``) and as
 others recorded them.
 
-with HubStub(users={token: "alice"}, repos={"org/model": Repo("pending")}) as hub:
-subprocess.run([...], env=hub.environment(home=tmp_path))
+    with HubStub(users={token: "alice"}, repos={"org/model": Repo("pending")}) as hub:
+        subprocess.run([...], env=hub.environment(home=tmp_path))
 
 A client reads ``HF_ENDPOINT`` and ``HF_HOME`` when it is imported, so it runs in a process of its
 own.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import subprocess
@@ -115,7 +114,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
             "narrow": ask(
                 ["org/granted", "org/public"], hub.environment(home=home, HF_TOKEN=narrow)
             ),
-            "illegal": ask(["org/granted"], hub.environment(home=home, HF_TOKEN=f"{TOKEN}\nx")),
+            "illegal": ask(["org/granted"], hub.environment(home=home, HF_TOKEN=f"{TOKEN}\fx")),
             "none": ask(
                 ["org/public", "org/granted", "org/missing", LLAMA2], hub.environment(home=home)
             ),
@@ -250,17 +249,87 @@ def test_a_secret_of_colab_is_found_and_its_absence_is_no_error(tmp_path: Path) 
             "for name in ('NotebookAccessError', 'SecretNotFoundError', 'TimeoutException'):\n"
             "    userdata.failure = getattr(userdata, name)\n"
             "    show()\n"
+            "userdata.failure = None\n"
+            "show()\n"
         )
     )
     env = HubStub(url="http://127.0.0.1:9").environment(home=tmp_path, SECRET=f"{TOKEN}\n")
-    [secret, denied, absent, late] = found(env, tmp_path / "fake", code=in_colab)
+    [secret, denied, absent, late, added] = found(env, tmp_path / "fake", code=in_colab)
     assert secret[:2] == ["Colab secret HF_TOKEN", len(TOKEN)]
     assert (denied, absent, late) == (None, None, None)
+    assert added == secret  # without a restart of the notebook's kernel
     assert found(env, tmp_path / "fake") == [
         None
     ]  # colab is installed, but this is not its notebook
     [first, *_] = found({**env, "HF_TOKEN": TOKEN}, tmp_path / "fake", code=in_colab)
     assert first[0] == "environment variable HF_TOKEN"
+
+
+@pytest.fixture
+def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a token, for this process itself."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_OIDC_ID_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    return tmp_path
+
+
+def test_a_failure_to_find_a_token_is_none(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (hub_home / "token").write_text(TOKEN)
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}1")
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "org/model")
+    with pytest.raises(huggingface_hub.errors.OIDCError):
+        huggingface_hub.get_token()
+    assert access.find_token() is None
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: f"{TOKEN}22")
+    exchanged = access.find_token()
+    assert exchanged == access.Token("the exchange for HF_OIDC_RESOURCE", f"{TOKEN}22")
+
+
+def test_a_file_that_is_no_text_holds_no_usable_token(hub_home: Path) -> None:
+    (hub_home / "token").write_bytes(f"{TOKEN}\n".encode("utf-16"))  # as PowerShell's > writes it
+    token = access.find_token()
+    assert token and token.source == f"file {hub_home / 'token'}" and not token.usable
+
+
+MALFORMED = ["{}\x0cabc", "{} abc", "\u201c{}\u201d", "{}\x7f", "{}\udcff", "\xa0{}\xa0x", "{}\tx"]
+
+
+@pytest.mark.parametrize("form", MALFORMED)
+def test_a_malformed_token_is_refused_for_every_model_of_the_hub(
+    form: str, hub_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is sent, the Hub's client quotes it. Also a model that is here is asked about."""
+    monkeypatch.setenv("HF_TOKEN", form.format(TOKEN))
+    cached = model_folder(hub_home / "model")
+    monkeypatch.setattr(access, "cached_folder", lambda name: None if name == "org/far" else cached)
+    monkeypatch.setattr(access, "_ask_hub", lambda *_: pytest.fail("the Hub was asked"))
+    token = access.find_token()
+    assert token and not token.usable
+    said = (
+        r"token that was found \(environment variable HF_TOKEN\) holds characters that no token has\. "
+        "Put it there once more"
+    )
+    for hub in (None, licence("granted")):
+        for model in (LLAMA2, "org/near", "org/far"):
+            with pytest.raises(ModelUnavailable, match=said) as refused:
+                access.choose(model, machine=with_gpu(15), hub=hub)
+            assert TOKEN not in str(refused.value)
+        auto = access.choose(machine=with_gpu(15), hub=hub)
+        assert auto.model == EMBEDDED and TOKEN not in auto.why
+        assert "HF_TOKEN) holds characters that no token has, so the embedded" in auto.why
+    for model in (EMBEDDED, str(cached)):
+        assert access.choose(model, machine=with_gpu(15)).model == model
+    assert access.choose(machine=without_gpu(16)).why.startswith("no GPU was found")
+
+
+def test_a_token_as_the_hub_makes_them_is_usable(
+    hub_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", f" {TOKEN[:9]}\r\n{TOKEN[9:]}\n")  # huggingface_hub joins them
+    assert access.find_token() == access.Token("environment variable HF_TOKEN", TOKEN)
+    assert access.Token("", TOKEN).usable
 
 
 # --- How large a model is -------------------------------------------------------------------------
@@ -533,7 +602,7 @@ def test_the_gpu_is_the_one_that_torch_can_use(
     code = """
 import json, sys
 from helpers import access
-here = access.machine()
+here = access.this_machine()
 assert "torch" not in sys.modules  # it was asked in a process of its own
 print(json.dumps([vars(here.gpu) if here.gpu else None, here.gpu_note]))
 """
@@ -553,17 +622,28 @@ print(json.dumps([vars(here.gpu) if here.gpu else None, here.gpu_note]))
 
     a100 = Gpu("NVIDIA A100-SXM4-40GB", 40960 * 2**20, 40000 * 2**20, True)
     assert access._gpu_from_nvidia_smi() == a100
-    monkeypatch.setenv(
-        "PATH", str(fake_nvidia_smi(tmp_path / "gb10", "NVIDIA GB10, [N/A], [N/A], 12.1"))
-    )
-    assert access._gpu_from_nvidia_smi() is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert access._gpu_from_nvidia_smi() is None
 
 
-def test_importing_is_cheap() -> None:
-    code = "import sys, helpers.access; print(sorted({'torch', 'jina', 'transformers', 'docarray'} & {*sys.modules}))"
-    assert run(code, HubStub().environment(home=ROOT)).strip() == "[]"
+@pytest.mark.parametrize(
+    "row",
+    [
+        "NVIDIA GB10, [N/A], [N/A], 12.1",
+        "NVIDIA A100-SXM4-40GB, [Insufficient Permissions], [Insufficient Permissions], 8.0",
+        "NVIDIA A100, MIG 1g.5gb, [Insufficient Permissions], [Insufficient Permissions], 8.0",
+        "NVIDIA A100, MIG 1g.5gb, 4864, 4861, 8.0",
+        "NVIDIA A100-SXM4-40GB, 40960, 40000, [N/A]",
+        "NVIDIA A100-SXM4-40GB",
+        "No devices were found",
+        "",
+    ],
+)
+def test_a_row_of_nvidia_smi_without_its_numbers_is_no_gpu(
+    row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(fake_nvidia_smi(tmp_path / "smi", row)))
+    assert access._gpu_from_nvidia_smi() is None
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -649,6 +729,16 @@ def test_check_ends_where_the_hub_does_not_answer(
     assert "so the embedded SmolLM2-135M-Instruct runs (on the GPU) exit 0" in words
 
 
+def test_check_says_that_a_token_is_malformed(tmp_path: Path, installed: Path) -> None:
+    torch = fake_torch(tmp_path / "torch", cuda="12.8")
+    with HubStub({TOKEN: "alice"}, {LLAMA2: Repo("granted")}) as hub:
+        env = hub.environment(home=tmp_path, HF_TOKEN=f"{TOKEN}\fx")
+        words = " ".join(run(CHECK, env, installed, torch).split())
+    assert "[--] Llama 2's licence Hugging Face does not accept this token (it holds char" in words
+    assert "(environment variable HF_TOKEN) holds characters that no token has, so the" in words
+    assert hub.requests == []
+
+
 def test_a_refusal_shows_no_token_even_as_a_traceback(tmp_path: Path) -> None:
     code = "from helpers import access; access.parameters_of('org/pending')"
     with HubStub({TOKEN: "alice"}, {"org/pending": Repo("pending")}) as hub:
@@ -658,7 +748,7 @@ def test_a_refusal_shows_no_token_even_as_a_traceback(tmp_path: Path) -> None:
 
 
 def test_what_the_http_client_says_is_not_quoted(tmp_path: Path) -> None:
-    """It quotes a header that it will not send. `hub_state` stops such a token before, this is behind."""
+    """It quotes a header that it will not send. `Token.usable` stops such a token before, this is behind."""
     code = """
 import os
 from helpers import access
@@ -675,4 +765,4 @@ def test_a_table_is_aligned_and_puts_each_cure_under_its_finding() -> None:
     table = access.check_table(lines).splitlines()
     assert table[:2] == ["[ok] RAM    1.0 GB", "[--] a GPU  none"]
     assert table[2].startswith(" " * 12 + "-> Buy") and table[3].startswith(" " * 15 + "Buy")
-    assert math.prod(len(row) <= 96 for row in table)
+    assert all(len(row) <= 96 for row in table)

@@ -7,7 +7,6 @@ and once by transformers, as the service does. Its numbers are not Llama 2's, it
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import subprocess
 import sys
