@@ -68,6 +68,7 @@ class Service:
         # PYTHONSAFEPATH: the working directory may hold another `helpers`
         path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+        environment["TQDM_POSITION"] = "-1"  # huggingface_hub's bars in a log too: `_wait` shows them
         if (token := access.find_token()) and token.usable:
             environment["HF_TOKEN"] = token.value  # by environment: arguments are seen by everybody
         self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"

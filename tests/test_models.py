@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_stub import HubStub, Repo
+
+import helpers
 
 from helpers import models, prompts
 from helpers.errors import InvalidRequest, ModelUnavailable
 
+TOKEN = "hf_" + "notarealtoken" * 3
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -106,3 +112,53 @@ def test_a_folder_without_a_tokenizer_is_told(tiny_folder: Path, tmp_path: Path)
 def test_an_unknown_precision_names_the_known_ones() -> None:
     with pytest.raises(InvalidRequest, match="fp32, bf16, int8, nf4"):
         models.load("smollm2", "fp8")
+
+
+def load_from_hub(stub: HubStub, model: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**stub.environment(home=home), "HF_TOKEN": TOKEN}
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from helpers import models; models.load(sys.argv[1])", model],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
+
+
+def test_a_model_of_the_hub_is_downloaded_and_served(
+    tiny_folder: Path, tmp_path: Path, tiny_service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubStub({TOKEN: "alice"}, {"someone/tiny": Repo(folder=tiny_folder)}) as stub:
+        for name, value in {**stub.environment(home=tmp_path), "HF_TOKEN": TOKEN}.items():
+            monkeypatch.setenv(name, value)
+        with helpers.serve("someone/tiny", port=0) as service:
+            assert service.info().model == "someone/tiny"
+            assert service.ask("Hello", max_tokens=9).text == tiny_service.ask("Hello", max_tokens=9).text
+            log = service.log.read_text()
+    assert "model.safetensors: 100%" in log  # the progress that whoever waits is shown
+    assert TOKEN not in log
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [("pending", "awaits its authors' review"), ("never asked", "has not asked for"), ("missing", "no model")],
+)
+def test_what_may_not_be_had_is_refused_before_any_file(
+    tiny_folder: Path, tmp_path: Path, state: Any, sentence: str
+) -> None:
+    with HubStub({TOKEN: "alice"}, {"someone/tiny": Repo(state, folder=tiny_folder)}) as stub:
+        done = load_from_hub(stub, "someone/tiny", tmp_path)
+        asked = [request.path for request in stub.requests]
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "ModelUnavailable" in done.stderr.splitlines()[-1]
+    assert not any("safetensors" in path for path in asked)
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_what_does_not_fit_is_refused_before_any_file(tiny_folder: Path, tmp_path: Path) -> None:
+    huge = Repo(folder=tiny_folder, parameters={"BF16": 10**12})
+    with HubStub({TOKEN: "alice"}, {"someone/huge": huge}) as stub:
+        done = load_from_hub(stub, "someone/huge", tmp_path)
+        asked = [request.path for request in stub.requests]
+    assert "someone/huge at nf4 needs 980.5 GB, and this machine has" in done.stderr.splitlines()[-1]
+    assert not any("/resolve/" in path for path in asked)
