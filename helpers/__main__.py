@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
-from . import prompts
-from .errors import HelpersError, to_wire
+from . import access, prompts
+from .errors import HelpersError, InvalidRequest, to_wire
 
 _EXIT_INTERRUPTED = 130
 
@@ -32,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Which model can run here, and why; status 1 if none can."""
-    from . import access
-
     lines = access.check()
     print(access.check_table(lines))
     return 0 if lines[-1].ok else 1
@@ -41,6 +39,8 @@ def check(options: argparse.Namespace) -> int:
 
 def ask(options: argparse.Namespace) -> int:
     """Stream the answer to one question."""
+    if options.question == prompts.QUESTION:
+        print(f"The article's question: {prompts.QUESTION}", file=sys.stderr)
     with _service(options) as port:
         from .client import stream
 
@@ -58,8 +58,11 @@ def ask(options: argparse.Namespace) -> int:
 
 def chat(options: argparse.Namespace) -> int:
     """Talk, turn by turn, until an empty line or the end of the input. /undo forgets the last turn."""
+    with contextlib.suppress(ImportError):  # not everywhere; where it is, `input` has line editing
+        import readline  # noqa: F401
+
     with _service(options) as port:
-        from .client import Conversation
+        from .client import Conversation, info
 
         talk = Conversation(
             options.system,
@@ -68,12 +71,13 @@ def chat(options: argparse.Namespace) -> int:
             port=port,
         )
         print(
-            "Ask away. An empty line ends the chat, Ctrl-C stops an answer, /undo forgets the last turn.",
+            f"This is {info(port=port).model}. An empty line ends the chat, Ctrl-C stops an answer, "
+            "/undo forgets the last turn.",
             file=sys.stderr,
         )
         while question := _read_question():
             if question == "/undo":
-                talk.undo()
+                print("(forgotten)" if talk.undo() else "(there is nothing to forget)", file=sys.stderr)
                 continue
             try:
                 _show(talk.stream(question))
@@ -104,6 +108,11 @@ def serve(options: argparse.Namespace) -> int:
 def _service(options: argparse.Namespace) -> contextlib.AbstractContextManager[int]:
     """The port of the service to ask: the one named, or of one that is started for this command."""
     if options.port is not None:
+        if (options.model, options.precision) != ("auto", "auto"):
+            raise InvalidRequest(
+                f"The service on port {options.port} has its model already. Leave --model and --precision out, "
+                "or leave --port out to start another service."
+            )
         return contextlib.nullcontext(options.port)
     return _own_service(options)
 
@@ -148,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", default="auto", help="a Hub id, a folder, or smollm2 (default: what fits)")
-    model.add_argument("--precision", default="auto", help="auto, fp32, bf16, int8 or nf4")
+    model.add_argument("--precision", default="auto", help=" or ".join(["auto", *access.PRECISIONS]))
 
     asking = argparse.ArgumentParser(add_help=False, parents=[model])
     asking.add_argument("--max-tokens", type=int, default=256, help="at most so many tokens (default: 256)")

@@ -214,10 +214,12 @@ class Conversation:
         """The next answer, complete."""
         return "".join(self.stream(question))
 
-    def undo(self) -> None:
-        """Forget the last question and its answer; without any, do nothing."""
-        if self.messages and self.messages[-1]["role"] == "assistant":
+    def undo(self) -> bool:
+        """Forget the last question and its answer; whether there was one."""
+        has_turn = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        if has_turn:
             del self.messages[-2:]
+        return has_turn
 
 
 class _Wire(Generic[Doc]):
@@ -231,6 +233,8 @@ class _Wire(Generic[Doc]):
     def __init__(
         self, endpoint: str, request: BaseDoc, returns: Type[Doc], host: str, port: int
     ) -> None:
+        if not 1 <= port <= 65535:
+            raise InvalidRequest(f"{port} is no port of a service: give the one that it said it is ready on.")
         self.endpoint, self.request, self.returns = endpoint, request, returns
         self.host, self.port = host, port
 

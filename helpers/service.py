@@ -104,6 +104,10 @@ class Service:
         """`helpers.ask`, asking this service."""
         return client.ask(messages, host=self.host, port=self.port, **options)
 
+    def conversation(self, system: str | None = None, **options: Any) -> client.Conversation:
+        """A `helpers.Conversation` with this service."""
+        return client.Conversation(system, host=self.host, port=self.port, **options)
+
     def info(self) -> ModelDocument:
         """`helpers.info` of this service."""
         return client.info(host=self.host, port=self.port)
@@ -182,8 +186,8 @@ def run(
 ) -> None:
     """Be a service, in the foreground, until SIGTERM, Ctrl-C or the end of the process `parent`.
 
-    Prints a line that begins with "Ready" once it answers. Where `parent` ends without having stopped the
-    service, the file `log` goes, and its folder if that is empty then.
+    Prints a line that begins with "Ready" once it answers. When it stops, or `parent` ends, the file `log`
+    goes, and its folder if that is empty then; after a failure they stay.
 
     Raises what `serve` raises for a port, and `ModelUnavailable` where the packages that run a model are
     missing. Where the model does not load, the reason is printed on stderr and `SystemExit` raised.
@@ -199,10 +203,7 @@ def run(
 
     def end_with_parent() -> None:
         wait_for_end_of_parent(parent)
-        if log is not None:
-            log.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # somebody else's files are there
-                log.parent.rmdir()
+        _remove(log)
         end()
 
     def end_with_executor() -> None:
@@ -249,8 +250,16 @@ def run(
             ready.set()
             print(f"{_READY} on {host}:{port}. Ctrl-C stops the service.", flush=True)
             deployment.block(stop_event=stop)
+        _remove(log)
     except RuntimeFailToStart:
         port_to_listen_on(host, port)  # has somebody else been quicker?
         raise SystemExit(
             "The service did not start. If nothing above says why, JINA_LOG_LEVEL=ERROR lets Jina tell."
         ) from None
+
+
+def _remove(log: Path | None) -> None:
+    if log is not None:
+        log.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's files are there, or it is gone
+            log.parent.rmdir()

@@ -40,6 +40,23 @@ def test_ask_without_a_service_is_a_sentence_and_no_traceback() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_chat_notices_at_once_that_nobody_is_there() -> None:
+    done = run("chat", "--port", str(port_to_listen_on("127.0.0.1", 0)), input="Hello\n", stdin=None)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ServiceUnavailable: ")
+
+
+def test_a_running_service_is_not_asked_for_another_model(tiny_service: Any) -> None:
+    done = run("ask", "Hello", "--port", str(tiny_service.port), "--model", "smollm2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("InvalidRequest: The service on port")
+
+
+def test_the_articles_question_is_shown_where_none_is_asked(tiny_service: Any) -> None:
+    done = run("ask", "--max-tokens", "3", "--port", str(tiny_service.port))
+    assert "If I punch myself in the face and it hurts, am I weak or strong?" in done.stderr
+
+
 def test_a_refused_question_is_a_sentence_and_no_traceback(tiny_service: Any) -> None:
     done = run("ask", "Hello", "--max-tokens", "0", "--port", str(tiny_service.port))
     assert done.returncode == 1

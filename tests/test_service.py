@@ -141,7 +141,7 @@ def test_a_dialog_that_outgrows_the_window_loses_its_oldest_turns_and_says_so(ti
 
 
 def test_conversation_remembers(service: Any) -> None:
-    talk = helpers.Conversation(port=service.port, max_tokens=20)
+    talk = service.conversation(max_tokens=20)
     assert "Paris" in talk.ask("What is the capital of France?")
     assert "Rome" in talk.ask("And of Italy?")
     assert "Rome" not in service.ask("And of Italy?", max_tokens=20).text
@@ -434,6 +434,8 @@ def test_the_port_of_another_service_is_not_shared(tiny_service: Any, tiny_folde
 def test_what_is_no_port_is_refused(port: int) -> None:
     with pytest.raises(InvalidRequest, match="is no port"):
         helpers.serve(port=port)
+    with pytest.raises(InvalidRequest, match="is no port"):
+        helpers.ask("Hello", port=port)
 
 
 @pytest.mark.parametrize("port", [0, 12345])
