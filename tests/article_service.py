@@ -6,8 +6,9 @@
 import argparse
 import os
 
-from helpers._jina import Deployment
+from helpers._jina import Deployment, requests
 from helpers.executor import TokenStreamingExecutor
+from helpers.schemas import ModelOutputDocument, PromptDocument
 
 
 class BreakingExecutor(TokenStreamingExecutor):
@@ -17,6 +18,12 @@ class BreakingExecutor(TokenStreamingExecutor):
         super().__init__(**kwargs)
         self.break_at, self.step = break_at, 0
         self.chat_model.model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    @requests(on="/raising")
+    async def raising(self, doc: PromptDocument, **kwargs) -> ModelOutputDocument:
+        """As the article's endpoint, when its model fails."""
+        yield ModelOutputDocument(token_id=10994, generated_text="Hello")
+        raise RuntimeError("out of memory")
 
     def count(self, model, args, kwargs):
         self.step = 1 if kwargs["input_ids"].shape[1] > 1 else self.step + 1

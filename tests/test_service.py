@@ -22,8 +22,10 @@ from conftest import TESTS, wire
 
 import helpers
 from helpers import prompts
+from helpers.client import Answer
 from helpers.errors import GenerationFailed, InvalidRequest, ModelUnavailable, ServiceUnavailable
 from helpers.processes import port_to_listen_on
+from helpers.schemas import PromptDocument
 
 SLOW = "[INST] Tell me everything. [/INST]"
 """A prompt that the tiny model, which knows no end, answers until it may not any more."""
@@ -344,6 +346,25 @@ def test_a_model_that_breaks_in_the_middle(script: Any, tiny_folder: Path, gatew
     assert "no such endpoint" in last.error
     assert helpers.info(port=port).steps == before + 4
     assert helpers.ask(prompt=SLOW, max_tokens=3, port=port).completion_tokens == 3
+
+
+def test_no_failure_behind_jinas_gateway_is_a_short_answer(script: Any, tiny_folder: Path) -> None:
+    """An endpoint that raises, as the article's does, ends there as if all were well: no last document tells."""
+    port = port_to_listen_on("127.0.0.1", 0)
+    running = script(str(TESTS / "article_service.py"), str(tiny_folder), "--port", str(port), "--gateway")
+    running.wait_for("Ready")
+    raising = Answer("/raising", PromptDocument(prompt="Hello", max_tokens=5), host="127.0.0.1", port=port)
+    with pytest.raises(ServiceUnavailable, match="broke off after [0-9]+ tokens"):
+        list(raising)
+    assert raising.finish_reason == "error"
+
+    executor = max(psutil.Process(running.process.pid).children(), key=lambda child: child.num_threads())
+    answer = helpers.stream(prompt=SLOW, max_tokens=450, port=port)
+    with pytest.raises(ServiceUnavailable):
+        for _ in answer:
+            if answer.completion_tokens == 5:
+                executor.kill()
+    assert answer.finish_reason == "error"
 
 
 @pytest.mark.parametrize("victim", ["service", "executor"])
