@@ -132,11 +132,13 @@ class Service:
     def _wait(self) -> None:
         """Return when the service has answered; until then show what its log says last."""
         with _progress("Starting the service") as show:
-            while not any(line.startswith(_READY) for line in self._lines()):
+            lines = self._lines()
+            while not any(line.startswith(_READY) for line in lines):
                 if self._process.poll() is not None:
                     raise self._failure()
-                show(*self._lines()[-1:])
+                show(*lines[-1:])
                 time.sleep(0.05)
+                lines = self._lines()
         self.info()
 
     def _lines(self) -> list[str]:
