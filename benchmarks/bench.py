@@ -1,109 +1,306 @@
-"""How much of the model's speed does the service pass on? Side by side, in one run.
+"""This service beside others, on this machine, in one run.
 
-    python benchmarks/bench.py [--rounds N] [--tokens N] [--model NAME_OR_PATH] [--precision P]
+    make bench                              everything: about half an hour on two cores
+    make bench BENCH_ARGS=--quick           less of everything: under two minutes
 
-Each round asks the article's question twice, once of a bare decode loop in this process and once of the
-service over gRPC, with the same weights and the same greedy tokens. The machine's speed changes
-while it runs, so read the medians of the rounds' ratios; seconds on their own mean little. Both hold the
-model at the same time, so it needs its memory twice.
+The machine's speed changes while it runs. So everybody is started first, each round asks everybody in turn,
+and what counts are the medians of the rounds and the ratios between them; a number alone says little.
+Writes `results.md` and two pictures into the folder of this file, or into `--output`.
+
+Tokens/s are those of all readers together, from the moment when all ask to the last token; "decode" counts only
+the time in which all of them are being answered. TTFT is the time to the first token, ITL (inter-token
+latency) the time between two tokens of one reader.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import platform
 import statistics
-import time
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Sequence
 
-import torch
-from transformers import DynamicCache
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from contenders import (
+    Arrivals,
+    Contender,
+    InProcess,
+    Service,
+    TransformersServe,
+    article,
+    bare_masked,
+    bare_unmasked,
+    dialog,
+    llama_cpp,
+    load,
+    load_llama_cpp,
+)
 
 import helpers
-from helpers import models, prompts
+from helpers import access, models
 
-DIALOG = [
-    {"role": "system", "content": prompts.SYSTEM_PROMPT},
-    {"role": "user", "content": prompts.QUESTION},
-]
+median = statistics.median
+_numbers = itertools.count(1)
+
+
+def questions(n: int) -> list[str]:
+    """Long to answer, and never asked before: nobody has anything of them in a cache but the system prompt."""
+    return [f"Story {next(_numbers)}: write a long tale of a lighthouse, a storm and a lost ship." for _ in range(n)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One answer: seconds to its first token, and tokens per second after that."""
+    """What the readers of one run saw."""
 
-    first: float
-    rate: float
-    text: str
+    arrivals: Arrivals
 
+    @property
+    def rate(self) -> float:
+        """Tokens/s in all."""
+        return sum(map(len, self.arrivals)) / max(came[-1] for came in self.arrivals)
 
-@torch.inference_mode()
-def bare(chat_model: models.ChatModel, max_tokens: int) -> Run:
-    """Prefill, then one token a step with the attention cache: the least that an answer takes."""
-    started = time.perf_counter()
-    ids = prompts.token_ids(DIALOG, chat_model.tokenizer)
-    cache = DynamicCache(config=chat_model.model.config)
-    step = torch.tensor([ids], device=chat_model.model.device)
-    answer: list[int] = []
-    first = 0.0
-    while len(answer) < max_tokens:
-        logits = chat_model.model(
-            input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[0, -1]
-        token_id = int(logits.argmax())
-        if token_id in chat_model.eos_token_ids:
-            break
-        answer.append(token_id)
-        first = first or time.perf_counter() - started
-        step = torch.tensor([[token_id]], device=chat_model.model.device)
-    rate = (len(answer) - 1) / (time.perf_counter() - started - first)
-    return Run(first, rate, chat_model.tokenizer.decode(answer, skip_special_tokens=True))
+    @property
+    def decode_rate(self) -> float:
+        """Tokens/s while all are being answered; where that never is, as in a queue, tokens/s in all."""
+        begin, end = max(came[0] for came in self.arrivals), min(came[-1] for came in self.arrivals)
+        within = sum(begin < at <= end for came in self.arrivals for at in came)
+        return within / (end - begin) if within else self.rate
+
+    @property
+    def firsts(self) -> list[float]:
+        return [came[0] for came in self.arrivals]
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for came in self.arrivals for before, after in zip(came, came[1:])]
 
 
-def served(service: helpers.service.Service, max_tokens: int) -> Run:
-    """The same through the wire, as a reader sees it."""
-    answer = service.ask(DIALOG, max_tokens=max_tokens)
-    return Run(answer.time_to_first_token, answer.tokens_per_second, answer.text)
+Runs = dict[tuple[str, int], list[Run]]
+"""By contender and number of readers, the rounds."""
+
+
+def measure(contenders: Sequence[Contender], *, rounds: int, tokens: int) -> Runs:
+    runs: Runs = defaultdict(list)
+    todo = [(contender, readers) for contender in contenders for readers in contender.readers]
+    for contender in contenders:
+        contender.answer(questions(1), 8)  # warms up
+    for n in range(rounds):
+        for contender, readers in todo[n % len(todo) :] + todo[: n % len(todo)]:
+            run = Run(contender.answer(questions(readers), tokens))
+            runs[contender.name, readers].append(run)
+            print(f"round {n + 1}: {contender.name}, {readers}: {run.rate:.1f} tokens/s", flush=True)
+    return runs
+
+
+# --- Beyond the rounds: long answers, long conversations --------------------------------------------
+
+
+def long_answers(
+    service: Service, loop: Contender, *, rounds: int, whole: int, tokens: int
+) -> tuple[list[Run], list[Run], list[Run]]:
+    """Answers of `whole` tokens from the service, and of `tokens` from the loop and from the service."""
+    runs: tuple[list[Run], list[Run], list[Run]] = ([], [], [])
+    for n in range(rounds):
+        runs[0].append(Run(service.answer(questions(1), whole)))
+        runs[1].append(Run(loop.answer(questions(1), tokens)))
+        runs[2].append(Run(service.answer(questions(1), tokens)))
+        print(f"long answers, round {n + 1}: {runs[1][-1].rate:.1f} and {runs[2][-1].rate:.1f} tokens/s", flush=True)
+    return runs
+
+
+def by_length(runs: Sequence[Run], *, step: int = 50) -> Iterator[tuple[int, float]]:
+    """(tokens so far, seconds for one more): medians over `step` tokens, and over the runs."""
+    for begin in range(0, min(len(run.gaps) for run in runs) - step + 1, step):
+        yield begin + step // 2, median(median(run.gaps[begin : begin + step]) for run in runs)
+
+
+def third_turn(service: Service, *, rounds: int, words: int) -> tuple[float, float, int]:
+    """Medians of the TTFT of a conversation's third turn, and of the same dialog sent to a service that has not
+    seen it; the dialog's tokens."""
+    warm, cold, size = [], [], 0
+    for _ in range(rounds):
+        firsts = []
+        for keeps in (True, False):
+            number = next(_numbers)  # at the very beginning, so that nothing is known from the other way
+            text = " ".join(f"{'red green blue black white'.split()[n % 5]} {n}" for n in range(words // 2))
+            messages = [{"role": "system", "content": f"{number}. {helpers.prompts.SYSTEM_PROMPT}"}]
+            for turn in (f"Read this list. {text}", f"And this one. {text}", "Which colour came first?"):
+                messages.append({"role": "user", "content": turn})
+                if keeps or turn.endswith("?"):
+                    answer = service.service.ask(messages, max_tokens=24)
+                messages.append({"role": "assistant", "content": answer.text if keeps else said.pop(0)})
+            if keeps:
+                said = [m["content"] for m in messages if m["role"] == "assistant"]
+            firsts.append(answer.time_to_first_token)
+            size = answer.prompt_tokens
+        warm.append(firsts[0])
+        cold.append(firsts[1])
+    return median(warm), median(cold), size
+
+
+# --- What is written --------------------------------------------------------------------------------
+
+
+def table(runs: Runs, peaks: dict[str, int]) -> str:
+    lines = [
+        "| | readers | tokens/s | decode | TTFT, s: median | p99 | ITL, ms: median | p99 | peak memory, GB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (name, readers), rounds in runs.items():
+        firsts = [first for run in rounds for first in run.firsts]
+        gaps = [gap for run in rounds for gap in run.gaps]
+        lines.append(
+            f"| {name} | {readers} | {median(r.rate for r in rounds):.1f} | {median(r.decode_rate for r in rounds):.1f} "
+            f"| {median(firsts):.2f} | {p99(firsts):.2f} | {1000 * median(gaps):.0f} | {1000 * p99(gaps):.0f} "
+            f"| {peaks[name] / 1e9:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
+def ratio(runs: Runs, readers: int, other: str, figure: str = "rate") -> str:
+    """This service's `figure` by another's: the median of the rounds' ratios."""
+    pairs = zip(runs["this service", readers], runs[other, readers])
+    return f"{median(getattr(ours, figure) / getattr(theirs, figure) for ours, theirs in pairs):.2f}"
+
+
+def ratios(runs: Runs) -> Iterator[str]:
+    for readers in (1, 8, 16):
+        bare = [name for name, n in runs if name.startswith("bare") and n == readers]
+        if bare and ("this service", readers) in runs:
+            best = max(bare, key=lambda name: median(run.decode_rate for run in runs[name, readers]))
+            yield f"{readers} readers, decode: this service ÷ {best} = {ratio(runs, readers, best, 'decode_rate')}"
+    for name, readers in runs:
+        if name not in ("this service", "the article's loop") and not name.startswith("bare"):
+            if ("this service", readers) in runs:
+                yield f"{readers} readers, tokens/s: this service ÷ {name} = {ratio(runs, readers, name)}"
+
+
+def draw_rates(runs: Runs, file: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    markers = itertools.cycle("os^Dv*P")
+    for name in dict.fromkeys(name for name, _ in runs):
+        points = [(n, median(run.rate for run in rounds)) for (other, n), rounds in runs.items() if other == name]
+        width = 3 if name == "this service" else 1.5
+        axes.plot(*zip(*points), marker=next(markers), linewidth=width, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks := sorted({n for _, n in runs}), map(str, ticks))
+    axes.set(xlabel="readers at once", ylabel="tokens/s of all readers together", ylim=0)
+    _save(figure, axes, file)
+
+
+def draw_costs(ours: Sequence[Run], loop: Sequence[Run], file: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for runs, name, style in ((loop, "the article's loop", "s--"), (ours, "this service", "o-")):
+        points = list(by_length(runs, step=min(50, len(runs[0].gaps))))
+        axes.plot([n for n, _ in points], [1000 * seconds for _, seconds in points], style, label=name)
+    axes.set(xlabel="tokens generated so far", ylabel="ms for one more token", ylim=0)
+    _save(figure, axes, file)
+
+
+def _save(figure: pyplot.Figure, axes: pyplot.Axes, file: Path) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def machine() -> str:
+    names = ("torch", "transformers", "jina")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--model", default="auto")
-    parser.add_argument("--precision", default="auto")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round, short answers, fewer readers")
+    parser.add_argument("--rounds", type=int, help="how often everybody is asked (default: 5; quick: 1)")
+    parser.add_argument("--model", default=access.EMBEDDED, help="a Hub id, a folder, or smollm2 (the default)")
+    parser.add_argument("--precision", default="fp32", choices=list(access.PRECISIONS))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
+    quick = options.quick
+    rounds = options.rounds or (1 if quick else 5)
+    tokens, long, longest = (24, 48, 120) if quick else (64, 256, 1000)
 
-    chat_model = models.load(options.model, options.precision)
-    with helpers.serve(chat_model.name, chat_model.precision, port=0) as service:
-        pairs: list[tuple[Run, Run]] = []
-        for n in range(options.rounds + 1):
-            if n % 2:
-                alone, through = bare(chat_model, options.tokens), served(service, options.tokens)
-            else:
-                through, alone = served(service, options.tokens), bare(chat_model, options.tokens)
-            if alone.text != through.text:
-                raise SystemExit(f"The two did not say the same:\n{alone.text}\n{through.text}")
-            if n:  # the first round warms up
-                pairs.append((alone, through))
-                print(f"round {n}: {line(alone, through)}", flush=True)
-    median = statistics.median
-    print(
-        f"\n{chat_model.name} at {chat_model.precision} on {chat_model.device} "
-        f"({torch.get_num_threads()} threads), {options.tokens} tokens, {len(pairs)} rounds, medians:\n"
-        f"  tokens/s            bare {median(b.rate for b, _ in pairs):6.1f}   "
-        f"service {median(s.rate for _, s in pairs):6.1f}   "
-        f"service / bare {median(s.rate / b.rate for b, s in pairs):.3f}\n"
-        f"  first token, ms     bare {1000 * median(b.first for b, _ in pairs):6.1f}   "
-        f"service {1000 * median(s.first for _, s in pairs):6.1f}   "
-        f"service adds {1000 * median(s.first - b.first for b, s in pairs):.1f}"
+    folder = str(models.embedded_folder()) if options.model == access.EMBEDDED else options.model
+    loading = (folder, options.precision)
+    with ExitStack() as stack:
+
+        def start(contender: Contender) -> Contender:
+            stack.callback(contender.close)
+            return contender
+
+        service = Service(*loading, (1, 8, 16) if quick else (1, 4, 8, 16, 32))
+        start(service)
+        loop = start(InProcess("the article's loop", load, article, (1,), *loading))
+        some = (1, 8) if quick else (1, 4, 8, 16)
+        everybody = [
+            service,
+            start(InProcess("bare loop", load, bare_unmasked, some, *loading)),
+            start(InProcess("bare loop, with a mask", load, bare_masked, some, *loading)),
+            loop,
+        ]
+        if options.precision in ("fp32", "bf16"):
+            dtype = {"fp32": "float32", "bf16": "bfloat16"}[options.precision]
+            for batching in (True, False):
+                few = (1, 8, 16) if batching and not quick else (8,) if quick else (1, 8)
+                everybody.append(start(TransformersServe(folder, dtype, few, continuous_batching=batching)))
+        if options.model == access.EMBEDDED and importlib.util.find_spec("llama_cpp"):
+            everybody.append(start(InProcess("llama-cpp-python, Q4_1", load_llama_cpp, llama_cpp, (1, 8))))
+
+        runs = measure(everybody, rounds=rounds, tokens=tokens)
+        ours, theirs, same = long_answers(service, loop, rounds=min(rounds, 3), whole=longest, tokens=long)
+        warm, cold, size = third_turn(service, rounds=rounds, words=60 if quick else 440)
+        peaks = {contender.name: contender.peak_memory() for contender in everybody}
+
+    costs = [seconds for _, seconds in by_length(ours, step=min(50, len(ours[0].gaps)))]
+    whole_answer = median(a.arrivals[0][-1] / b.arrivals[0][-1] for a, b in zip(theirs, same))
+    facts = [
+        *ratios(runs),
+        f"{long} new tokens, whole time: the article's loop ÷ this service = {whole_answer:.1f}",
+        f"a token's cost over an answer of {longest} tokens, of this service: at most "
+        f"{max(costs) / costs[0]:.2f} times that at its beginning",
+        f"TTFT of a conversation's third turn, {size} tokens: {warm:.2f} s; "
+        f"of the same text sent cold: {cold:.2f} s; ratio {warm / cold:.2f}",
+    ]
+    summary = (
+        f"{options.model} at {options.precision}, {tokens} new tokens for each reader, "
+        f"medians of {rounds} rounds.\n{machine()}.\n\n"
+        + table(runs, peaks)
+        + "\n\n"
+        + "\n".join(f"- {fact}" for fact in facts)
+        + "\n"
     )
-
-
-def line(bare: Run, served: Run) -> str:
-    return (
-        f"{served.rate:5.1f} / {bare.rate:5.1f} tokens/s = {served.rate / bare.rate:.3f}, "
-        f"first token after {1000 * served.first:.0f} / {1000 * bare.first:.0f} ms"
-    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.md").write_text(f"# What `make bench` measured\n\n{summary}")
+    draw_rates(runs, options.output / "rates.png")
+    draw_costs(ours, theirs, options.output / "costs.png")
+    print(f"\n{summary}")
 
 
 if __name__ == "__main__":

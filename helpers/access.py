@@ -123,11 +123,11 @@ def this_machine() -> Machine:
     first that torch sees counts. An Apple GPU counts as none: the model runs on the CPU.
     """
     quantises = _version("bitsandbytes") is not None
-    return Machine(platform.python_version(), *_ram(), *_gpu(), quantises)
+    return Machine(platform.python_version(), *ram(), *_gpu(), quantises)
 
 
-def _ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(total, available) bytes. The kernel's names: docs.kernel.org/admin-guide/cgroup-v2.html."""
+def ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """Total and available bytes for this process. The kernel's names: docs.kernel.org/admin-guide/cgroup-v2.html."""
     memory = psutil.virtual_memory()
     limit_file = cgroup / "memory.max"
     limit = limit_file.read_text().strip() if limit_file.is_file() else "max"

@@ -1,9 +1,11 @@
 """Token ids in, token ids out. The engine knows no text and no transport.
 
-One thread owns the model. `Engine.submit` puts a prompt in line and returns its `Generation` at once;
-the thread prefills the prompt once, keeps the attention cache, and from then on feeds the model one
-token a step. Readers take the ids from their `Generation` as they come (``for`` or ``async for``), may
-leave at any time, and find a failure of the model raised where they read.
+One thread owns the model and steps all live prompts together, because a run of the model for many costs
+little more than a run for one. `Engine.submit` puts a prompt in line and returns its `Generation` at once.
+Between two steps prompts join (`_join`) and leave (`_leave`); in a step (`_step`) each that is being
+answered reads its latest token, and those that are new read a piece of their prompt. Readers take the
+ids from their `Generation` as they come (``for`` or ``async for``), may leave at any time, and find a
+failure of the model raised where they read.
 """
 
 from __future__ import annotations
@@ -12,18 +14,30 @@ import asyncio
 import logging
 import math
 import threading
+import time
 from collections import deque
+from concurrent.futures import Future
 from typing import Any, AsyncIterator, Callable, Collection, Iterator, Sequence
 
 import torch
-from transformers import DynamicCache
 
-from .errors import GenerationFailed, HelpersError, InvalidRequest, ServiceUnavailable
+from .errors import GenerationFailed, HelpersError, InvalidRequest, ServiceBusy, ServiceUnavailable
+from .kv_cache import Kept, KeyValues, common_beginning, prepare, run, spare_memory
 
 log = logging.getLogger(__name__)
 
-PREFILL_CHUNK = 256
-"""Prompt tokens that one step reads: a reader who leaves during a long prompt is noticed in between."""
+PREFILL_CHUNK = 128
+"""Prompt tokens that one step reads, of all new prompts together. More would be hardly quicker by the token
+(on a CPU), and the readers who are being answered wait for it between two of their tokens."""
+
+WORTH_SHARING = 16
+"""Tokens at the beginning of a prompt that are worth taking from another's memory, or waiting a step for while
+another is reading the same. Fewer are read again."""
+
+
+MAX_LIVE = 16
+"""Readers who are answered at once. On a CPU a run for 16 takes about 2.5 times as long as a run for one."""
+MAX_WAITING = 64
 
 
 class Generation:
@@ -40,14 +54,21 @@ class Generation:
         max_tokens: int,
         choose: Callable[[torch.Tensor], int],
     ) -> None:
-        self.prompt_ids = list(prompt_ids)
+        self.ids = list(prompt_ids)
+        """The prompt, and what was generated so far."""
+        self.past: KeyValues | None = None
+        """What the model remembers of `ids`: all but those that the next step feeds it."""
         self.max_tokens = max_tokens
+        self.room = len(self.ids) + max_tokens
+        """Tokens for which memory is needed at most."""
         self.choose = choose
         self.completion_tokens = 0
-        """Ids that were generated so far."""
+        """How many of `ids` were generated."""
         self.finish_reason: str | None = None
         """``stop`` (the model ended), ``length`` (`max_tokens`), ``cancelled``, ``error``; None before the end."""
         self.cancelled = False
+        self.joined = 0.0
+        """When its turn came, in seconds of `time.monotonic`."""
         self._inbox: deque[int | HelpersError | None] = deque()
         self._arrived = threading.Event()
         self._wake: Callable[[], Any] = self._arrived.set
@@ -98,25 +119,59 @@ class Generation:
 
 
 class Engine:
-    """Generates for one `transformers` causal language model, one prompt after the other.
+    """Generates for one `transformers` causal language model, for many readers at once.
 
-    - `model`: on its device, in evaluation mode.
+    - `model`: on its device, in evaluation mode. It is the engine's from now on: not to be called elsewhere.
     - `eos_token_ids`: the ids that end an answer; they are not part of it.
-    - `context_length`: how many tokens prompt and answer may take together.
+    - `context_length`: how many tokens prompt and answer may take together. Where `cache_memory` holds
+      fewer, so many.
+    - `cache_memory`: bytes for keys and values, of the prompts that are being answered and of ended ones
+      that are kept for those that begin alike. By default `helpers.kv_cache.spare_memory`.
+    - `max_live` prompts are answered at once, and `max_waiting` more may stand in line.
+
+    Raises `ModelUnavailable` for a model that `helpers.kv_cache.prepare` refuses, `InvalidRequest` for limits
+    under which nobody could be answered.
     """
 
-    def __init__(self, model: Any, *, eos_token_ids: Collection[int], context_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Collection[int],
+        context_length: int,
+        max_live: int = MAX_LIVE,
+        max_waiting: int = MAX_WAITING,
+        cache_memory: int | None = None,
+    ) -> None:
+        if max_live < 1 or max_waiting < 0:
+            raise InvalidRequest(
+                f"max_live is {max_live} and max_waiting {max_waiting}: at least 1 is to be answered at once, "
+                "and at least 0 may wait."
+            )
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.context_length = context_length
+        self.max_live, self.max_waiting = max_live, max_waiting
         self.steps = 0
-        """How many times the model was run since the start."""
+        """How many times the model was run for a prompt since the start."""
         self._line: deque[Generation] = deque()
-        self._live: Generation | None = None
+        self._live: list[Generation] = []
+        self._kept = Kept()
+        self._seconds: deque[float] = deque(maxlen=max_live)  # that the latest to leave were live
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        ready: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
         self._thread.start()
+        bytes_per_token = ready.result()
+        cache_memory = spare_memory(model.device) if cache_memory is None else cache_memory
+        self.cache_tokens = cache_memory // bytes_per_token
+        self.context_length = min(context_length, self.cache_tokens)
+        if self.cache_tokens < 2:
+            self.close()
+            raise InvalidRequest(
+                f"cache_memory is {cache_memory:,} bytes, and each token of this model takes {bytes_per_token:,}: "
+                "give enough for all the prompts and answers that are to be there at once."
+            )
 
     def submit(
         self,
@@ -133,7 +188,8 @@ class Engine:
         `top_p`, by a random generator of this prompt's own, started with `seed`.
 
         Raises `InvalidRequest` for values out of range, and where prompt and answer do not fit the
-        model's window together; `ServiceUnavailable` once the engine is closed.
+        model's window together; `ServiceBusy` where the line is full; `ServiceUnavailable` once the engine
+        is closed.
         """
         check_request(
             len(prompt_ids),
@@ -147,23 +203,32 @@ class Engine:
             prompt_ids, max_tokens=max_tokens, choose=_chooser(temperature, top_p, seed)
         )
         with self._changed:
-            if self._closed:
-                raise ServiceUnavailable(
-                    "The model has been shut down and takes no more prompts. Start the service again."
-                )
+            self.check_place()
             self._line.append(generation)
             self._changed.notify()
         return generation
 
+    def check_place(self) -> None:
+        """Raise what `submit` would raise for any prompt: `ServiceBusy` or `ServiceUnavailable`."""
+        if self._closed:
+            raise ServiceUnavailable(
+                "The model has been shut down and takes no more prompts. Start the service again."
+            )
+        if self.waiting >= self.max_waiting:
+            raise ServiceBusy(
+                f"The service is busy: it answers {self.live} readers, and {self.waiting} more stand in line, "
+                f"which is as many as may. Try again in {self._seconds_to_a_place()} s."
+            )
+
     @property
     def live(self) -> int:
         """How many prompts are being answered now."""
-        return int(self._live is not None)
+        return len(self._live)
 
     @property
     def waiting(self) -> int:
-        """How many prompts stand in line; one whose reader has left counts until its turn comes."""
-        return len(self._line)
+        """How many prompts stand in line; those whose readers have left do not."""
+        return sum(not generation.cancelled for generation in tuple(self._line))
 
     def close(self) -> None:
         """End all generations as ``cancelled`` and stop the thread. May be called twice."""
@@ -172,65 +237,140 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _run(self) -> None:
-        while (generation := self._next()) is not None:
-            try:
-                reason = self._answer(generation)
-            except Exception as error:
-                log.exception("the model raised after %d tokens", generation.completion_tokens)
-                failure = GenerationFailed(
-                    f"The model failed after {generation.completion_tokens} tokens "
-                    f"({type(error).__name__}: {error}). What came before is not a whole answer; "
-                    "ask again, and look into the service's log if it happens again."
-                )
-                generation._end("error", failure)
-            else:
-                generation._end(reason)
-        for generation in self._line:
-            generation._end("cancelled")
+    def _seconds_to_a_place(self) -> int:
+        """In how many seconds the next may leave, by how long the latest took, or those that are there have."""
+        live = tuple(self._live)
+        seconds = tuple(self._seconds) or [time.monotonic() - generation.joined for generation in live]
+        return math.ceil(sum(seconds) / max(1, len(seconds)) / max(1, len(live))) or 1
 
-    def _next(self) -> Generation | None:
-        """The first in line whose reader is still there; None when the engine is to stop."""
-        with self._changed:
-            self._live = None
-            while not self._closed:
-                if not self._line:
-                    self._changed.wait()
-                elif (generation := self._line.popleft()).cancelled:
+    def _run(self, ready: Future[int]) -> None:
+        try:
+            # in this thread too: with two that run torch, OpenMP takes them for more than the machine has
+            # cores, no longer lets its threads wait awake, and each run takes twice as long
+            ready.set_result(prepare(self.model))
+        except Exception as error:
+            ready.set_exception(error)
+            return
+        try:
+            while self._join():
+                self._step(self._plan())
+        finally:
+            with self._changed:
+                self._closed = True
+                for generation in [*self._live, *self._line]:
                     generation._end("cancelled")
-                else:
-                    self._live = generation
-                    return generation
-        return None
 
-    @torch.inference_mode()
-    def _answer(self, generation: Generation) -> str:
-        """Run the model until the answer ends; the reason why it did."""
-        cache = DynamicCache(config=self.model.config)
-        prompt = torch.tensor([generation.prompt_ids], device=self.model.device)
-        *beginning, last = prompt.split(PREFILL_CHUNK, dim=1)
-        for chunk in beginning:
-            if generation.cancelled or self._closed:
-                return "cancelled"
-            self._step(chunk, cache)
-        ids = last
-        while True:
-            if generation.cancelled or self._closed:
-                return "cancelled"
-            token_id = generation.choose(self._step(ids, cache))
-            if token_id in self.eos_token_ids:
-                return "stop"
-            generation.completion_tokens += 1
-            generation._deliver(token_id)
-            if generation.completion_tokens == generation.max_tokens:
-                return "length"
-            ids = torch.tensor([[token_id]], device=self.model.device)
+    def _join(self) -> bool:
+        """Between two steps: those whose readers left go, and the first in line come, as far as there is
+        room. Waits until there is somebody to answer; False once the engine is closed."""
+        with self._changed:
+            while not self._closed:
+                for generation in [g for g in self._live if g.cancelled]:
+                    self._leave(generation, "cancelled")
+                for generation in [g for g in self._line if g.cancelled]:
+                    self._line.remove(generation)
+                    generation._end("cancelled")
+                while self._line and self._has_room_for(self._line[0]):
+                    self._live.append(self._line.popleft())
+                    self._live[-1].joined = time.monotonic()
+                if self._live:
+                    return True
+                self._changed.wait()
+        return False
 
-    def _step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Run the model over `ids` of shape (1, n); the logits after the last of them, shape (vocab,)."""
+    def _has_room_for(self, generation: Generation) -> bool:
+        """Whether it may be answered now, beside the others; what is kept of ended ones makes room."""
+        free = self.cache_tokens - sum(live.room for live in self._live) - generation.room
+        if free < 0 or len(self._live) == self.max_live:
+            return False
+        self._kept.shrink(free)
+        return True
+
+    def _plan(self) -> list[tuple[Generation, list[int]]]:
+        """Who reads what in the next step: the token just generated, or the next piece of a prompt, first
+        come, first served."""
+        feeds: list[tuple[Generation, list[int]]] = []
+        budget = PREFILL_CHUNK
+        for generation in list(self._live):
+            if generation.past is None:
+                try:
+                    if not self._begin(generation, ahead=[other for other, _ in feeds]):
+                        continue
+                except Exception as error:  # no memory for a copy
+                    self._fail(generation, error)
+                    continue
+            ids = generation.ids[generation.past.length :]
+            if len(ids) > 1:
+                ids = ids[:budget]
+                budget -= len(ids)
+            if ids:
+                feeds.append((generation, ids))
+        return feeds
+
+    def _begin(self, generation: Generation, *, ahead: list[Generation]) -> bool:
+        """Give a new one its memory, with as much of its prompt as any other sequence has read already.
+
+        False if it shall wait for a step, because one of those `ahead` is reading what it could use.
+        """
+        *prompt, _ = generation.ids  # the last one is read in any case: its logits are needed
+        known = [*self._kept, *((other.ids[: other.past.length], other.past) for other in self._live if other.past)]
+        shared, source = max(
+            ((common_beginning(prompt, ids), past) for ids, past in known),
+            key=lambda found: found[0],
+            default=(0, None),
+        )
+        if any(common_beginning(prompt, other.ids) >= shared + WORTH_SHARING for other in ahead):
+            return False
+        if source is None or shared < WORTH_SHARING:
+            generation.past = KeyValues(generation.room)
+        else:
+            generation.past = source.beginning(shared, capacity=generation.room)
+            self._kept.used(source)
+        return True
+
+    def _step(self, feeds: list[tuple[Generation, list[int]]]) -> None:
+        """Run the model once for all of `feeds`, and hand each its next token, if its prompt is read."""
         self.steps += 1
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1]
+        try:
+            logits = run(self.model, [(generation.past, ids) for generation, ids in feeds])
+        except Exception as error:
+            if len(feeds) == 1:
+                return self._fail(feeds[0][0], error)
+            for feed in feeds:  # one by one: those who are not to blame go on
+                self._step([feed])
+            return
+        for (generation, _), row in zip(feeds, logits):
+            if generation.past.length == len(generation.ids):
+                try:
+                    self._continue(generation, generation.choose(row))
+                except Exception as error:
+                    self._fail(generation, error)
+
+    def _continue(self, generation: Generation, token_id: int) -> None:
+        if token_id in self.eos_token_ids:
+            return self._leave(generation, "stop")
+        generation.ids.append(token_id)
+        generation.completion_tokens += 1
+        generation._deliver(token_id)
+        if generation.completion_tokens == generation.max_tokens:
+            self._leave(generation, "length")
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        log.error("the model raised after %d tokens", generation.completion_tokens, exc_info=error)
+        generation.past = None
+        failure = GenerationFailed(
+            f"The model failed after {generation.completion_tokens} tokens "
+            f"({type(error).__name__}: {error}). What came before is not a whole answer; "
+            "ask again, and look into the service's log if it happens again."
+        )
+        self._leave(generation, "error", failure)
+
+    def _leave(self, generation: Generation, reason: str, failure: HelpersError | None = None) -> None:
+        self._live.remove(generation)
+        self._seconds.append(time.monotonic() - generation.joined)
+        generation._end(reason, failure)
+        if generation.past is not None:
+            self._kept.add(generation.ids[: generation.past.length], generation.past)
 
 
 def check_request(

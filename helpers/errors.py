@@ -1,4 +1,4 @@
-"""The exceptions of this package: four of them, told apart by who can cure what happened.
+"""The exceptions of this package, told apart by who can cure what happened.
 
 Each message is a sentence or two: what happened, and what to do now. The names cross the wire, so
 that a failure inside the service is raised in the reader's program as the same class.
@@ -25,13 +25,17 @@ class ServiceUnavailable(HelpersError, ConnectionError):
     """No service could start, none answers, or it went away before its answer was complete."""
 
 
+class ServiceBusy(ServiceUnavailable):
+    """As many readers as the service takes are there already: ask again, in the time that the message says."""
+
+
 class GenerationFailed(HelpersError, RuntimeError):
     """The model raised while it was generating: what came before is not a whole answer."""
 
 
 _BY_NAME = {
     cls.__name__: cls
-    for cls in (InvalidRequest, ModelUnavailable, ServiceUnavailable, GenerationFailed)
+    for cls in (InvalidRequest, ModelUnavailable, ServiceUnavailable, ServiceBusy, GenerationFailed)
 }
 
 

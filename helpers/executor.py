@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from . import models, prompts
 from ._jina import Executor, requests
 from .detokenizer import Detokenizer
-from .engine import Engine
+from .engine import MAX_LIVE, MAX_WAITING, Engine
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
 from .processes import wait_for_end_of_parent
 from .schemas import (
@@ -62,7 +62,8 @@ class ChatRequest(_Received, ChatDocument):
 class TokenStreamingExecutor(Executor):
     """A chat model that streams its answers.
 
-    `model` and `precision` are those of `helpers.models.load`, which runs while the executor starts.
+    `model` and `precision` are those of `helpers.models.load`, which runs while the executor starts;
+    `max_live`, `max_waiting` and `cache_memory` (bytes) those of `helpers.engine.Engine`.
     With `parent`, the id of the process that starts this one, it ends when that does, however that ends.
     """
 
@@ -71,6 +72,9 @@ class TokenStreamingExecutor(Executor):
         model: str = "auto",
         precision: str = "auto",
         parent: Optional[int] = None,
+        max_live: int = MAX_LIVE,
+        max_waiting: int = MAX_WAITING,
+        cache_memory: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,15 +82,18 @@ class TokenStreamingExecutor(Executor):
             threading.Thread(target=_die_with, args=(parent,), name="die-with-parent", daemon=True).start()
         try:
             self.chat_model = models.load(model, precision)
+            self.engine = Engine(
+                self.chat_model.model,
+                eos_token_ids=self.chat_model.eos_token_ids,
+                context_length=self.chat_model.context_length,
+                max_live=max_live,
+                max_waiting=max_waiting,
+                cache_memory=cache_memory,
+            )
         except HelpersError as error:  # Jina swallows it: whoever started the service reads it here
             print(to_wire(error), file=sys.stderr, flush=True)
             logging.disable()  # of Jina, which has less to say about it
             raise
-        self.engine = Engine(
-            self.chat_model.model,
-            eos_token_ids=self.chat_model.eos_token_ids,
-            context_length=self.chat_model.context_length,
-        )
         self._longest_token = max(map(len, self.chat_model.tokenizer.get_vocab()))
 
     @requests(on="/stream")
@@ -108,7 +115,7 @@ class TokenStreamingExecutor(Executor):
             model=self.chat_model.name,
             precision=self.chat_model.precision,
             device=self.chat_model.device,
-            context_length=self.chat_model.context_length,
+            context_length=self.engine.context_length,
             steps=self.engine.steps,
             live=self.engine.live,
             waiting=self.engine.waiting,
@@ -134,17 +141,17 @@ class TokenStreamingExecutor(Executor):
         fitted = prompts.fit_to_window(
             doc.messages,
             self.chat_model.tokenizer,
-            window=self.chat_model.context_length,
+            window=self.engine.context_length,
             max_tokens=doc.max_tokens,
         )
         return fitted.token_ids, fitted.dropped_turns
 
     def _check_length(self, characters: int) -> None:
         """Refuse, before it is tokenised, what cannot fit even if it were all of the longest token."""
-        if characters > self._longest_token * self.chat_model.context_length:
+        if characters > self._longest_token * self.engine.context_length:
             raise InvalidRequest(
                 f"The request has {characters:,} characters, far more than the model's window of "
-                f"{self.chat_model.context_length:,} tokens can hold. Shorten it."
+                f"{self.engine.context_length:,} tokens can hold. Shorten it."
             )
 
     async def _answer(
@@ -155,6 +162,7 @@ class TokenStreamingExecutor(Executor):
         try:
             if doc.refusal:
                 raise InvalidRequest(doc.refusal)
+            self.engine.check_place()
             # tokenising may take long, and the event loop belongs to all readers
             prompt_ids, dropped_turns = await asyncio.to_thread(ids_of, doc)
             generation = self.engine.submit(

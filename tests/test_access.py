@@ -564,15 +564,15 @@ def test_what_cannot_run_is_refused_with_a_cure(
 
 
 def test_a_containers_limit_counts_where_it_is_lower(tmp_path: Path) -> None:
-    unlimited = access._ram(tmp_path)
+    unlimited = access.ram(tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
-    assert access._ram(tmp_path)[0] == unlimited[0]
+    assert access.ram(tmp_path)[0] == unlimited[0]
     (tmp_path / "memory.max").write_text(f"{unlimited[0] * 2}\n")
-    assert access._ram(tmp_path)[0] == unlimited[0]
+    assert access.ram(tmp_path)[0] == unlimited[0]
     (tmp_path / "memory.max").write_text("300000\n")
     (tmp_path / "memory.current").write_text("250000\n")
     (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 150000\n")
-    assert access._ram(tmp_path) == (300000, 200000)
+    assert access.ram(tmp_path) == (300000, 200000)
 
 
 def fake_torch(folder: Path, *, cuda: str | None, available: bool = True) -> Path:
