@@ -274,7 +274,7 @@ def main() -> None:
             everybody.append(start(InProcess("llama-cpp-python, Q4_1", load_llama_cpp, llama_cpp, (1, 8))))
 
         runs = measure(everybody, rounds=rounds, tokens=tokens)
-        ours, theirs, same = long_answers(service, loop, rounds=min(rounds, 3), whole=longest, tokens=long)
+        ours, theirs, same = long_answers(service, loop, rounds=min(rounds, 2), whole=longest, tokens=long)
         warm, cold, size = third_turn(service, rounds=rounds, words=60 if quick else 440)
         peaks = {contender.name: contender.peak_memory() for contender in everybody}
 

@@ -168,7 +168,7 @@ class TransformersServe(Contender):
         return self.process.pid
 
     def close(self) -> None:
-        self.process.terminate()
+        self.process.kill()  # with --continuous-batching it may not end when it is asked to
         self.process.wait()
         self.log.close()
 

@@ -94,6 +94,7 @@ def serve(options: argparse.Namespace) -> int:
     """Be a service, in the foreground."""
     from .service import run
 
+    limits = {name: getattr(options, name) for name in ("max_live", "max_waiting", "cache_memory")}
     run(
         options.model,
         options.precision,
@@ -101,6 +102,7 @@ def serve(options: argparse.Namespace) -> int:
         port=options.port,
         parent=options.parent,
         log=options.log,
+        **{name: limit for name, limit in limits.items() if limit is not None},
     )
     return 0
 
@@ -181,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     service = add(serve, parents=[model], help="start a service")
     service.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is every network")
     service.add_argument("--port", type=int, default=12345, help="0 takes a free one (default: 12345)")
+    service.add_argument("--max-live", type=int, help="readers who are answered at once (default: 32)")
+    service.add_argument("--max-waiting", type=int, help="readers who may stand in line for that (default: 64)")
+    service.add_argument("--cache-memory", type=int, help="bytes for keys and values (default: by the free memory)")
     service.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     return parser

@@ -243,7 +243,7 @@ class _Wire(Generic[Doc]):
         message.header.exec_endpoint = self.endpoint
         message.document_cls = type(self.request)
         message.data.doc = self.request
-        with self._telling_failures(), get_grpc_channel(f"{self.host}:{self.port}") as channel:
+        with self._telling_failures(), get_grpc_channel(f"{self.host}:{self.port}", options={"SingleThreadedUnaryStream": 1}) as channel:
             for response in JinaSingleDocumentRequestRPCStub(channel).stream_doc(message):
                 yield self.returns.from_protobuf(response.document)
 

@@ -35,8 +35,8 @@ WORTH_SHARING = 16
 another is reading the same. Fewer are read again."""
 
 
-MAX_LIVE = 16
-"""Readers who are answered at once. On a CPU a run for 16 takes about 2.5 times as long as a run for one."""
+MAX_LIVE = 32
+"""Readers who are answered at once. On two CPU cores a run for 32 takes about three times as long as one for one."""
 MAX_WAITING = 64
 
 
@@ -52,7 +52,7 @@ class Generation:
         prompt_ids: Sequence[int],
         *,
         max_tokens: int,
-        choose: Callable[[torch.Tensor], int],
+        sample: Callable[[torch.Tensor], int] | None,
     ) -> None:
         self.ids = list(prompt_ids)
         """The prompt, and what was generated so far."""
@@ -61,7 +61,7 @@ class Generation:
         self.max_tokens = max_tokens
         self.room = len(self.ids) + max_tokens
         """Tokens for which memory is needed at most."""
-        self.choose = choose
+        self.sample = sample
         self.completion_tokens = 0
         """How many of `ids` were generated."""
         self.finish_reason: str | None = None
@@ -200,7 +200,7 @@ class Engine:
             context_length=self.context_length,
         )
         generation = Generation(
-            prompt_ids, max_tokens=max_tokens, choose=_chooser(temperature, top_p, seed)
+            prompt_ids, max_tokens=max_tokens, sample=_sampler(temperature, top_p, seed)
         )
         with self._changed:
             self.check_place()
@@ -339,10 +339,11 @@ class Engine:
             for feed in feeds:  # one by one: those who are not to blame go on
                 self._step([feed])
             return
-        for (generation, _), row in zip(feeds, logits):
+        likeliest = logits.max(dim=-1).indices.tolist()  # for all at once, and quicker than argmax
+        for (generation, _), row, token_id in zip(feeds, logits, likeliest):
             if generation.past.length == len(generation.ids):
                 try:
-                    self._continue(generation, generation.choose(row))
+                    self._continue(generation, generation.sample(row) if generation.sample else token_id)
                 except Exception as error:
                     self._fail(generation, error)
 
@@ -402,10 +403,10 @@ def check_request(
         )
 
 
-def _chooser(temperature: float, top_p: float, seed: int | None) -> Callable[[torch.Tensor], int]:
-    """A function from logits, shape (vocab,), to the next token's id."""
+def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[torch.Tensor], int] | None:
+    """A function from logits, shape (vocab,), to the next token's id; None where that is always the likeliest."""
     if temperature == 0:
-        return lambda logits: int(logits.argmax())
+        return None
 
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)

@@ -78,6 +78,9 @@ class TokenStreamingExecutor(Executor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        # the model's thread needs Python's lock between any two operations, and the event loop holds it for
+        # this long: with the 5 ms of Python itself, eight readers get 2 % fewer tokens
+        sys.setswitchinterval(0.0001)
         if parent is not None:
             threading.Thread(target=_die_with, args=(parent,), name="die-with-parent", daemon=True).start()
         try:

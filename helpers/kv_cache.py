@@ -15,6 +15,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,32 +28,31 @@ Ids = Sequence[int]
 class KeyValues:
     """The keys and values of one sequence's first `length` tokens, with room for `capacity`.
 
-    Both are stored for each layer, of shape (1, heads, capacity, size of a head), and never move: adding a
-    token costs the same however many are there.
+    For each layer they lie side by side in one tensor, of shape (1, heads, capacity, size of a key + size of a
+    value), and never move: adding a token costs the same however many are there.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, Tensor] = {}
 
-    def add(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Store the keys and the values, each (1, heads, n, size), that follow `length`; all up to them.
+    def add(self, layer: int, new: Tensor) -> Tensor:
+        """Store what follows `length`, (1, heads, n, size), and return all up to it, (1, heads, length + n, size).
 
         `length` stays as it is until every layer has stored its own.
         """
-        end = self.length + new[0].shape[2]
         if layer not in self._layers:
-            self._layers[layer] = tuple(one.new_empty(*one.shape[:2], self.capacity, one.shape[3]) for one in new)
-        for stored, one in zip(self._layers[layer], new):
-            stored[:, :, self.length : end] = one
-        return [stored[:, :, :end] for stored in self._layers[layer]]
+            self._layers[layer] = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+        stored, n = self._layers[layer], new.shape[2]
+        stored.narrow(2, self.length, n).copy_(new)
+        return stored.narrow(2, 0, self.length + n)
 
     def beginning(self, length: int, *, capacity: int) -> KeyValues:
         """A copy of the first `length` tokens, with room for `capacity`."""
         copy = KeyValues(capacity)
         for layer, stored in self._layers.items():
-            copy.add(layer, *(one[:, :, :length] for one in stored))
+            copy.add(layer, stored.narrow(2, 0, length))
         copy.length = length
         return copy
 
@@ -62,7 +62,7 @@ class KeyValues:
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(one.nbytes for pair in self._layers.values() for one in pair) // self.capacity
+        return sum(stored.nbytes for stored in self._layers.values()) // self.capacity
 
 
 class Kept:
@@ -149,13 +149,26 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`attention`, one of transformers' own, for each part by itself; (1, tokens, heads, size)."""
-    sizes = [part.n for part in parts]
-    outputs = []
-    for part, q, *new in zip(parts, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)):
-        keys, values = part.past.add(module.layer_idx, *new)
-        mask = part.mask(sliding_window, q)
-        outputs.append(attention(module, q, keys, values, mask, **options)[0])
+    new = torch.cat((key, value), dim=-1)
+    key_size, value_size = key.shape[-1], value.shape[-1]
+    outputs, begin = [], 0
+    for part in parts:
+        past = part.past.add(module.layer_idx, new.narrow(2, begin, part.n))
+        keys, values = past.narrow(3, 0, key_size), past.narrow(3, key_size, value_size)
+        mask = part.mask(sliding_window, query)
+        outputs.append(attention(module, query.narrow(2, begin, part.n), keys, values, mask, **options)[0])
+        begin += part.n
     return torch.cat(outputs, dim=1), None
+
+
+def _sdpa(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    if mask is not None or options.get("position_bias") is not None or options.get("softcap") is not None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, mask, **options)
+    # one token, as nearly always: at this size the way through transformers takes as long as the kernel
+    output = scaled_dot_product_attention(
+        query, keys, values, scale=options.get("scaling"), enable_gqa=query.shape[1] != keys.shape[1]
+    )
+    return output.transpose(1, 2), None
 
 
 def _eager(module: Any, *arguments: Any, **options: Any) -> Any:
@@ -163,7 +176,7 @@ def _eager(module: Any, *arguments: Any, **options: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **options)
 
 
-for _name, _attention in {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": _eager}.items():
+for _name, _attention in {"sdpa": _sdpa, "eager": _eager}.items():
     AttentionInterface.register(f"packed_{_name}", partial(_attend, _attention))
 
 

@@ -11,6 +11,7 @@ A stream is any number of `ModelOutputDocument`, one for each token, and then on
 from typing import Dict, List, Optional
 
 from docarray import BaseDoc
+from docarray.typing import ID
 from pydantic import ValidationError
 
 
@@ -62,6 +63,8 @@ class ModelOutputDocument(BaseDoc):
     - ``error``: ``"ClassName: what happened and what to do"``, a class of `helpers.errors`.
     """
 
+    # DocArray's own field, unused: to make one up and read it takes longer than all the others together
+    id: Optional[ID] = None
     token_id: int
     generated_text: str
     finish_reason: Optional[str] = None

@@ -40,17 +40,23 @@ def serve(
     *,
     host: str = HOST,
     port: int = PORT,
+    max_live: int | None = None,
+    max_waiting: int | None = None,
+    cache_memory: int | None = None,
 ) -> "Service":
     """Start a service and wait until it answers; use it as ``with helpers.serve() as service:``.
 
     `model` and `precision` are those of `helpers.models.load`. `port` 0 takes a free one. `host` is where
-    it listens; other machines reach it only if that is not the loopback address.
+    it listens; other machines reach it only if that is not the loopback address. The limits, of readers who
+    are answered at once, of those in line, and of bytes for keys and values, are explained at
+    `helpers.engine.Engine`.
 
     Raises `ServiceUnavailable` if the port is taken, and says by whom; `ModelUnavailable` or
     `InvalidRequest` where the model is the reason; and `ServiceUnavailable`, with the end of the service's
     log, where it ends for a reason of its own.
     """
-    service = Service(model, precision, host=host, port=port_to_listen_on(host, port))
+    limits = {"max-live": max_live, "max-waiting": max_waiting, "cache-memory": cache_memory}
+    service = Service(model, precision, host=host, port=port_to_listen_on(host, port), limits=limits)
     try:
         service._wait()
     except BaseException:
@@ -62,7 +68,9 @@ def serve(
 class Service:
     """A running service: `host`, `port`, `pid`, and `log`, the file that it writes its log into."""
 
-    def __init__(self, model: str, precision: str, *, host: str, port: int) -> None:
+    def __init__(
+        self, model: str, precision: str, *, host: str, port: int, limits: dict[str, int | None]
+    ) -> None:
         self.host = HOST if host == "0.0.0.0" else host
         self.port = port
         # PYTHONSAFEPATH: the working directory may hold another `helpers`
@@ -74,6 +82,7 @@ class Service:
         self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
         command = [sys.executable, "-m", "helpers", "serve", "--model", model, "--precision", precision]
         command += ["--host", host, "--port", str(port)]
+        command += [f"--{name}={value}" for name, value in limits.items() if value is not None]
         command += ["--parent", str(os.getpid()), "--log", str(self.log)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -185,11 +194,12 @@ def run(
     port: int = PORT,
     parent: int | None = None,
     log: Path | None = None,
+    **limits: int,
 ) -> None:
     """Be a service, in the foreground, until SIGTERM, Ctrl-C or the end of the process `parent`.
 
     Prints a line that begins with "Ready" once it answers. When it stops, or `parent` ends, the file `log`
-    goes, and its folder if that is empty then; after a failure they stay.
+    goes, and its folder if that is empty then; after a failure they stay. The `limits` are those of `serve`.
 
     Raises what `serve` raises for a port, and `ModelUnavailable` where the packages that run a model are
     missing. Where the model does not load, the reason is printed on stderr and `SystemExit` raised.
@@ -238,7 +248,7 @@ def run(
 
     deployment = Deployment(
         uses=TokenStreamingExecutor,
-        uses_with={"model": model, "precision": precision, "parent": os.getpid()},
+        uses_with={"model": model, "precision": precision, "parent": os.getpid(), **limits},
         host=host,
         port=port,
         protocol="grpc",

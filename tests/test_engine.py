@@ -126,10 +126,10 @@ def test_sampling_follows_its_seed_alone(engine: Any) -> None:
 def test_top_p_leaves_out_the_unlikely(engine: Any) -> None:
     import torch
 
-    from helpers.engine import _chooser
+    from helpers.engine import _sampler
 
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    choose = _chooser(1.0, 0.8, 0)
+    choose = _sampler(1.0, 0.8, 0)
     drawn = [choose(logits) for _ in range(2000)]
     assert set(drawn) == {0, 1}
     assert 0.55 < drawn.count(0) / 2000 < 0.7  # 0.5 / 0.8
@@ -367,7 +367,7 @@ def test_a_failing_draw_is_the_failure_of_one(engine: Any) -> None:
     """As where the logits are no numbers."""
     with Held(engine):
         failing, other = (engine.submit(PROMPT, max_tokens=5) for _ in range(2))
-        failing.choose = lambda logits: [][0]
+        failing.sample = lambda logits: [][0]
     with pytest.raises(GenerationFailed, match="IndexError"):
         list(failing)
     assert len(list(other)) == 5

@@ -323,6 +323,60 @@ def test_two_thousand_requests_cancelled_at_once(tiny_service: Any) -> None:
     assert worker.num_threads() <= threads + 40  # asyncio's pool for tokenising, which is bounded
 
 
+def test_200_readers_get_their_own_whole_answer_or_are_told_that_it_is_busy(tiny_service: Any) -> None:
+    prompts = [f"{n} times a word" for n in range(200)]
+    alone = {prompt: tiny_service.ask(prompt=prompt, max_tokens=100) for prompt in prompts[::20]}
+
+    def read(prompt: str) -> Answer | ServiceBusy:
+        try:
+            return tiny_service.ask(prompt=prompt, max_tokens=100)
+        except ServiceBusy as busy:
+            return busy
+
+    with ThreadPoolExecutor(200) as readers:
+        results = dict(zip(prompts, readers.map(read, prompts)))
+    answers = {prompt: result for prompt, result in results.items() if isinstance(result, Answer)}
+    assert 32 + 64 <= len(answers) < 200
+    assert all(answer.finish_reason == "length" and answer.completion_tokens == 100 for answer in answers.values())
+    assert len({answer.text for answer in answers.values()}) == len(answers)
+    assert all(answers[prompt].text == answer.text for prompt, answer in alone.items() if prompt in answers)
+    assert {str(b)[:21] for b in results.values() if isinstance(b, ServiceBusy)} == {"The service is busy: "}
+    info = tiny_service.info()
+    assert (info.live, info.waiting) == (0, 0)
+
+
+def test_the_limits_are_those_that_were_asked_for(tiny_folder: Path) -> None:
+    with helpers.serve(str(tiny_folder), port=0, max_live=1, max_waiting=1, cache_memory=400 * 512) as service:
+        assert service.info().context_length == 400
+        with pytest.raises(InvalidRequest, match="more than the 400 tokens"):
+            service.ask(prompt=SLOW, max_tokens=399)
+        first, second = (iter(service.stream(prompt=SLOW, max_tokens=350)) for _ in range(2))
+        next(first)
+        waiting = threading.Thread(target=list, args=(second,))
+        waiting.start()
+        until(lambda: service.info().waiting == 1, "the second stands in line")
+        with pytest.raises(ServiceBusy, match=r"answers 1 readers, and 1 more.* Try again in \d+ s"):
+            service.ask(prompt=SLOW, max_tokens=10)
+        list(first)
+        waiting.join()
+        assert service.ask(prompt=SLOW, max_tokens=10).completion_tokens == 10
+
+
+def test_limits_that_let_nobody_in_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="max_live is 0"):
+        helpers.serve(str(tiny_folder), port=0, max_live=0)
+
+
+def test_readers_who_do_not_read_hold_up_nobody_and_lose_nothing(tiny_service: Any) -> None:
+    """More of them than are answered at once: each answer is made to its end, and waits on its way."""
+    whole = tiny_service.ask(prompt=SLOW, max_tokens=450).text
+    answers = [tiny_service.stream(prompt=SLOW, max_tokens=450) for _ in range(40)]
+    unread = [(next(pieces), pieces) for pieces in map(iter, answers)]
+    assert tiny_service.ask(prompt=SLOW, max_tokens=20).completion_tokens == 20
+    until(lambda: tiny_service.info().live == 0, "nobody is being answered any more")
+    assert [first + "".join(rest) for first, rest in unread] == [whole] * 40
+
+
 # --- Failures in the middle -----------------------------------------------------------------------
 
 
