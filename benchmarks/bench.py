@@ -20,7 +20,9 @@ import importlib.util
 import itertools
 import os
 import platform
+import signal
 import statistics
+import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -161,7 +163,8 @@ def table(runs: Runs, peaks: dict[str, int]) -> str:
         firsts = [first for run in rounds for first in run.firsts]
         gaps = [gap for run in rounds for gap in run.gaps]
         lines.append(
-            f"| {name} | {readers} | {median(r.rate for r in rounds):.1f} | {median(r.decode_rate for r in rounds):.1f} "
+            f"| {name} | {readers} "
+            f"| {median(r.rate for r in rounds):.1f} | {median(r.decode_rate for r in rounds):.1f} "
             f"| {median(firsts):.2f} | {p99(firsts):.2f} | {1000 * median(gaps):.0f} | {1000 * p99(gaps):.0f} "
             f"| {peaks[name] / 1e9:.1f} |"
         )
@@ -249,6 +252,7 @@ def main() -> None:
 
     folder = str(models.embedded_folder()) if options.model == access.EMBEDDED else options.model
     loading = (folder, options.precision)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so nobody is left running
     with ExitStack() as stack:
 
         def start(contender: Contender) -> Contender:

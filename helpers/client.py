@@ -243,7 +243,10 @@ class _Wire(Generic[Doc]):
         message.header.exec_endpoint = self.endpoint
         message.document_cls = type(self.request)
         message.data.doc = self.request
-        with self._telling_failures(), get_grpc_channel(f"{self.host}:{self.port}", options={"SingleThreadedUnaryStream": 1}) as channel:
+        address = f"{self.host}:{self.port}"
+        # this thread reads by itself: to be handed each document by another one takes longer than the rest
+        alone = {"SingleThreadedUnaryStream": 1}
+        with self._telling_failures(), get_grpc_channel(address, options=alone) as channel:
             for response in JinaSingleDocumentRequestRPCStub(channel).stream_doc(message):
                 yield self.returns.from_protobuf(response.document)
 

@@ -34,7 +34,6 @@ WORTH_SHARING = 16
 """Tokens at the beginning of a prompt that are worth taking from another's memory, or waiting a step for while
 another is reading the same. Fewer are read again."""
 
-
 MAX_LIVE = 32
 """Readers who are answered at once. On two CPU cores a run for 32 takes about three times as long as one for one."""
 MAX_WAITING = 64
@@ -253,7 +252,8 @@ class Engine:
             return
         try:
             while self._join():
-                self._step(self._plan())
+                if feeds := self._plan():
+                    self._step(feeds)
         finally:
             with self._changed:
                 self._closed = True

@@ -180,6 +180,33 @@ for _name, _attention in {"sdpa": _sdpa, "eager": _eager}.items():
     AttentionInterface.register(f"packed_{_name}", partial(_attend, _attention))
 
 
+class _PackedLinear(torch.nn.Module):
+    """A `torch.nn.Linear` in fp32 on a CPU, by oneDNN, with its weights laid out for that once.
+
+    For up to 16 rows torch's own way through MKL takes about twice as long with a matrix as large as that from
+    the last layer to the vocabulary: a tenth of a step for 8 readers. torch's compiler makes the same two calls.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+
+
+def _pack_head(model: Any) -> None:
+    """Where it helps, replace the layer that turns what the model has come to into logits."""
+    head = model.get_output_embeddings()
+    if (
+        type(head) is torch.nn.Linear
+        and (head.weight.device.type, head.weight.dtype) == ("cpu", torch.float32)
+        and torch.backends.mkldnn.is_available()
+    ):
+        model.set_output_embeddings(_PackedLinear(head))
+
+
 def prepare(model: Any) -> int:
     """Make `model`, a `transformers` causal language model, ready for `run`, and run it once.
 
@@ -193,6 +220,7 @@ def prepare(model: Any) -> int:
         if hasattr(model.config, "attention_chunk_size"):
             raise TypeError("it attends in chunks")
         model.set_attn_implementation(f"packed_{attention}")
+        _pack_head(model)
         trial = KeyValues(1)
         run(model, [(trial, [0])])
         if trial.layers != model.config.get_text_config().num_hidden_layers:
