@@ -21,16 +21,24 @@ def until_live(engine: Any, n: int) -> None:
 PROMPT = [1, 518, 25580, 29962, 15043, 518, 29914, 25580, 29962]
 
 
+@pytest.fixture(scope="session")
+def handed_over(torch: Any, tiny_folder: Path) -> Any:
+    """The tiny model once more: one that an engine has had is not to be used by others."""
+    from helpers import models
+
+    return models.load(str(tiny_folder), "fp32")
+
+
 @pytest.fixture
-def start(tiny: Any) -> Iterator[Callable[..., Any]]:
+def start(handed_over: Any) -> Iterator[Callable[..., Any]]:
     """Start engines with the tiny model; they are closed at the end."""
     from helpers.engine import Engine
 
     started = []
 
     def start(**options: Any) -> Any:
-        options = {"eos_token_ids": tiny.eos_token_ids, "context_length": tiny.context_length, **options}
-        started.append(Engine(tiny.model, **options))
+        defaults = {"eos_token_ids": handed_over.eos_token_ids, "context_length": handed_over.context_length}
+        started.append(Engine(handed_over.model, **{**defaults, **options}))
         return started[-1]
 
     yield start
@@ -44,15 +52,12 @@ def engine(start: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def reference(torch: Any, tiny_folder: Path) -> Callable[[list[int], int], list[int]]:
+def reference(torch: Any, tiny: Any) -> Callable[[list[int], int], list[int]]:
     """The same model by transformers' own `generate`."""
-    from helpers import models
-
-    model = models.load(str(tiny_folder), "fp32").model
 
     def generate(prompt: list[int], n: int) -> list[int]:
         ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+        out = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
         return out[0, len(prompt) :].tolist()
 
     return generate
@@ -435,10 +440,8 @@ def test_a_reader_whose_loop_is_gone_is_a_reader_who_left(engine: Any) -> None:
     assert generation.completion_tokens < 500
 
 
-def test_closing_ends_everything(tiny: Any) -> None:
-    from helpers.engine import Engine
-
-    engine = Engine(tiny.model, eos_token_ids=tiny.eos_token_ids, context_length=tiny.context_length)
+def test_closing_ends_everything(start: Any) -> None:
+    engine = start()
     running, waiting = (engine.submit(PROMPT, max_tokens=500) for _ in range(2))
     next(iter(running))
     engine.close()
