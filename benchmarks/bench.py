@@ -121,9 +121,11 @@ def long_answers(
     return runs
 
 
-def by_length(runs: Sequence[Run], *, step: int = 50) -> Iterator[tuple[int, float]]:
-    """(tokens so far, seconds for one more): medians over `step` tokens, and over the runs."""
-    for begin in range(0, min(len(run.gaps) for run in runs) - step + 1, step):
+def by_length(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
+    """(tokens so far, seconds for one more): medians over 50 tokens, or all where there are fewer, and over the runs."""
+    shortest = min(len(run.gaps) for run in runs)
+    step = min(50, shortest)
+    for begin in range(0, shortest - step + 1, step):
         yield begin + step // 2, median(median(run.gaps[begin : begin + step]) for run in runs)
 
 
@@ -209,7 +211,7 @@ def draw_rates(runs: Runs, file: Path) -> None:
 def draw_costs(ours: Sequence[Run], loop: Sequence[Run], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for runs, name, style in ((loop, "the article's loop", "s--"), (ours, "this service", "o-")):
-        points = list(by_length(runs, step=min(50, len(runs[0].gaps))))
+        points = list(by_length(runs))
         axes.plot([n for n, _ in points], [1000 * seconds for _, seconds in points], style, label=name)
     axes.set(xlabel="tokens generated so far", ylabel="ms for one more token", ylim=0)
     _save(figure, axes, file)
@@ -282,7 +284,7 @@ def main() -> None:
         warm, cold, size = third_turn(service, rounds=rounds, words=60 if quick else 440)
         peaks = {contender.name: contender.peak_memory() for contender in everybody}
 
-    costs = [seconds for _, seconds in by_length(ours, step=min(50, len(ours[0].gaps)))]
+    costs = [seconds for _, seconds in by_length(ours)]
     whole_answer = median(a.arrivals[0][-1] / b.arrivals[0][-1] for a, b in zip(theirs, same))
     facts = [
         *ratios(runs),

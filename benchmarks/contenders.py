@@ -11,7 +11,6 @@ import http.client
 import importlib.util
 import json
 import multiprocessing
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import psutil
 
 import helpers
 from helpers import models, prompts
+from helpers.processes import port_to_listen_on
 
 Arrivals = list[list[float]]
 """For each answer, when its tokens came: seconds since all questions were asked."""
@@ -122,9 +122,7 @@ class TransformersServe(Contender):
         self.name = "transformers serve" + continuous_batching * " --continuous-batching"
         self.readers = readers
         self.model = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = port_to_listen_on("127.0.0.1", 0)
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype, "--device", "auto"]
         if continuous_batching:

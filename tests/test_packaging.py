@@ -172,7 +172,7 @@ def test_what_the_code_imports_is_declared(folder: str, extras: set[str]) -> Non
         name: where
         for name, where in imported(folder).items()
         if canonicalize_name(known_as.get(name, name)) not in declared
-        and name not in {"llama_cpp", "contenders"}  # measured where it is installed; ours
+        and name != "llama_cpp"  # measured where it is installed
     }
     assert not undeclared
 
