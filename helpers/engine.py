@@ -22,12 +22,12 @@ from typing import Any, AsyncIterator, Callable, Collection, Iterator, Sequence
 import torch
 
 from .errors import GenerationFailed, HelpersError, InvalidRequest, ServiceBusy, ServiceUnavailable
-from .kv_cache import Kept, KeyValues, common_beginning, prepare, run, spare_memory
+from .kv_cache import Kept, KeyValues, common_beginning, prepare, run, spare_tokens
 
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 128
-"""Prompt tokens that one step reads, of all new prompts together. More would be hardly quicker by the token
+"""Prompt tokens that one step reads, of all new prompts together: all of the only one, half for the first of several. More would be hardly quicker by the token
 (on a CPU), and the readers who are being answered wait for it between two of their tokens."""
 
 WORTH_SHARING = 16
@@ -124,8 +124,9 @@ class Engine:
     - `eos_token_ids`: the ids that end an answer; they are not part of it.
     - `context_length`: how many tokens prompt and answer may take together. Where `cache_memory` holds
       fewer, so many.
-    - `cache_memory`: bytes for keys and values, of the prompts that are being answered and of ended ones
-      that are kept for those that begin alike. By default `helpers.kv_cache.spare_memory`.
+    - `cache_memory`: bytes for keys and values, of the prompts that are being answered (each with room for its
+      `max_tokens`) and of ended ones that are kept for those that begin alike. By default
+      `helpers.kv_cache.spare_tokens` says for how many there is room.
     - `max_live` prompts are answered at once, and `max_waiting` more may stand in line.
 
     Raises `ModelUnavailable` for a model that `helpers.kv_cache.prepare` refuses, `InvalidRequest` for limits
@@ -142,11 +143,7 @@ class Engine:
         max_waiting: int = MAX_WAITING,
         cache_memory: int | None = None,
     ) -> None:
-        if max_live < 1 or max_waiting < 0:
-            raise InvalidRequest(
-                f"max_live is {max_live} and max_waiting {max_waiting}: at least 1 is to be answered at once, "
-                "and at least 0 may wait."
-            )
+        check_limits(max_live, max_waiting)
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_live, self.max_waiting = max_live, max_waiting
@@ -158,19 +155,24 @@ class Engine:
         self._seconds: deque[float] = deque(maxlen=max_live)  # that the latest to leave were live
         self._changed = threading.Condition()
         self._closed = False
-        ready: Future[int] = Future()
+        ready: Future[KeyValues] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
         self._thread.start()
-        bytes_per_token = ready.result()
-        cache_memory = spare_memory(model.device) if cache_memory is None else cache_memory
-        self.cache_tokens = cache_memory // bytes_per_token
+        trial = ready.result()
+        if cache_memory is None:
+            self.cache_tokens = spare_tokens(trial, window=context_length)
+        else:
+            self.cache_tokens = cache_memory // sum(trial.bytes_per_token.values())
         self.context_length = min(context_length, self.cache_tokens)
         if self.cache_tokens < 2:
             self.close()
             raise InvalidRequest(
-                f"cache_memory is {cache_memory:,} bytes, and each token of this model takes {bytes_per_token:,}: "
-                "give enough for all the prompts and answers that are to be there at once."
+                f"There is room for the keys and values of {self.cache_tokens} tokens, at "
+                f"{sum(trial.bytes_per_token.values()):,} bytes each: give cache_memory enough for all the prompts "
+                "and answers that are to be there at once."
             )
+        if self.context_length < context_length:
+            log.warning("the memory for keys and values holds %d of a window's %d tokens", self.cache_tokens, context_length)
 
     def submit(
         self,
@@ -207,15 +209,16 @@ class Engine:
             self._changed.notify()
         return generation
 
-    def check_place(self) -> None:
-        """Raise what `submit` would raise for any prompt: `ServiceBusy` or `ServiceUnavailable`."""
+    def check_place(self, coming: int = 0) -> None:
+        """Raise what `submit` would raise for any prompt, if `coming` others came before it: `ServiceBusy` or
+        `ServiceUnavailable`."""
         if self._closed:
             raise ServiceUnavailable(
                 "The model has been shut down and takes no more prompts. Start the service again."
             )
-        if self.waiting >= self.max_waiting:
+        if self.live + self.waiting + coming >= self.max_live + self.max_waiting:
             raise ServiceBusy(
-                f"The service is busy: it answers {self.live} readers, and {self.waiting} more stand in line, "
+                f"The service is busy: it answers {self.live} readers, and {self.waiting + coming} more stand in line, "
                 f"which is as many as may. Try again in {self._seconds_to_a_place()} s."
             )
 
@@ -242,7 +245,7 @@ class Engine:
         seconds = tuple(self._seconds) or [time.monotonic() - generation.joined for generation in live]
         return math.ceil(sum(seconds) / max(1, len(seconds)) / max(1, len(live))) or 1
 
-    def _run(self, ready: Future[int]) -> None:
+    def _run(self, ready: Future[KeyValues]) -> None:
         try:
             # in this thread too: with two that run torch, OpenMP takes them for more than the machine has
             # cores, no longer lets its threads wait awake, and each run takes twice as long
@@ -254,11 +257,16 @@ class Engine:
             while self._join():
                 if feeds := self._plan():
                     self._step(feeds)
-        finally:
-            with self._changed:
-                self._closed = True
-                for generation in [*self._live, *self._line]:
-                    generation._end("cancelled")
+            self._end_all("cancelled")
+        except Exception as error:
+            log.critical("the engine failed", exc_info=error)
+            self._end_all("error", GenerationFailed(f"The engine failed ({type(error).__name__}: {error}). {_AGAIN}"))
+
+    def _end_all(self, reason: str, failure: HelpersError | None = None) -> None:
+        with self._changed:
+            self._closed = True
+            for generation in [*self._live, *self._line]:
+                generation._end(reason, failure)
 
     def _join(self) -> bool:
         """Between two steps: those whose readers left go, and the first in line come, as far as there is
@@ -279,73 +287,85 @@ class Engine:
         return False
 
     def _has_room_for(self, generation: Generation) -> bool:
-        """Whether it may be answered now, beside the others; what is kept of ended ones makes room."""
+        """Whether it may be answered now, beside the others. What is kept of ended ones makes room for it, but last
+        of all what it can use itself."""
         free = self.cache_tokens - sum(live.room for live in self._live) - generation.room
         if free < 0 or len(self._live) == self.max_live:
             return False
+        shared, source = self._longest_known(generation)
+        self._kept.used(source)
+        if source and shared == source.length and self._kept.take(source):  # of the turn before this one
+            try:
+                source.grow(generation.room)
+                generation.past = source
+            except RuntimeError as error:  # no memory after all: it will be read again
+                log.warning("%s", error)
         self._kept.shrink(free)
         return True
 
     def _plan(self) -> list[tuple[Generation, list[int]]]:
-        """Who reads what in the next step: the token just generated, or the next piece of a prompt, first
-        come, first served."""
+        """Who reads what in the next step: the token just generated, or the next piece of a prompt. Whoever came
+        first gets most of what a step reads of prompts, and nobody nothing."""
         feeds: list[tuple[Generation, list[int]]] = []
-        budget = PREFILL_CHUNK
-        for generation in list(self._live):
-            if generation.past is None:
-                try:
-                    if not self._begin(generation, ahead=[other for other, _ in feeds]):
-                        continue
-                except Exception as error:  # no memory for a copy
-                    self._fail(generation, error)
-                    continue
+        reading: list[tuple[Generation, list[int]]] = []
+        for n, generation in enumerate(self._live):
+            if generation.past is None and not self._begin(generation, ahead=self._live[:n]):
+                continue
             ids = generation.ids[generation.past.length :]
-            if len(ids) > 1:
-                ids = ids[:budget]
-                budget -= len(ids)
-            if ids:
-                feeds.append((generation, ids))
+            (feeds if len(ids) == 1 else reading).append((generation, ids))
+        budget = PREFILL_CHUNK
+        for n, (generation, ids) in enumerate(reading, start=1):
+            piece = ids[: budget if n == len(reading) else max(1, budget // 2)]
+            budget = max(1, budget - len(piece))
+            feeds.append((generation, piece))
         return feeds
 
     def _begin(self, generation: Generation, *, ahead: list[Generation]) -> bool:
         """Give a new one its memory, with as much of its prompt as any other sequence has read already.
 
-        False if it shall wait for a step, because one of those `ahead` is reading what it could use.
+        False if it shall wait for a step, because one of those `ahead` is to read what it could use.
         """
-        *prompt, _ = generation.ids  # the last one is read in any case: its logits are needed
-        known = [*self._kept, *((other.ids[: other.past.length], other.past) for other in self._live if other.past)]
-        shared, source = max(
-            ((common_beginning(prompt, ids), past) for ids, past in known),
-            key=lambda found: found[0],
-            default=(0, None),
-        )
-        if any(common_beginning(prompt, other.ids) >= shared + WORTH_SHARING for other in ahead):
+        shared, source = self._longest_known(generation)
+        if any(common_beginning(generation.ids[:-1], other.ids) >= shared + WORTH_SHARING for other in ahead):
             return False
-        if source is None or shared < WORTH_SHARING:
-            generation.past = KeyValues(generation.room)
-        else:
-            generation.past = source.beginning(shared, capacity=generation.room)
-            self._kept.used(source)
+        generation.past = KeyValues(generation.room)
+        if source:
+            try:
+                generation.past = source.beginning(shared, capacity=generation.room)
+            except RuntimeError as error:  # no memory for a copy: it will be read again
+                log.warning("%s", error)
         return True
+
+    def _longest_known(self, generation: Generation) -> tuple[int, KeyValues | None]:
+        """How much of its prompt any other sequence has read, and the keys and values of the one that has most;
+        (0, None) where it is not worth sharing."""
+        prompt = generation.ids[:-1]  # the last one is read in any case: its logits are needed
+        known = [*self._kept, *((other.ids[: other.past.length], other.past) for other in self._live if other.past)]
+        found: list[tuple[int, KeyValues | None]] = [(common_beginning(prompt, ids), past) for ids, past in known]
+        longest = max(found, key=lambda one: one[0], default=(0, None))
+        return longest if longest[0] >= WORTH_SHARING else (0, None)
 
     def _step(self, feeds: list[tuple[Generation, list[int]]]) -> None:
         """Run the model once for all of `feeds`, and hand each its next token, if its prompt is read."""
         self.steps += 1
         try:
-            logits = run(self.model, [(generation.past, ids) for generation, ids in feeds])
+            logits, likeliest = run(self.model, [(generation.past, ids) for generation, ids in feeds])
         except Exception as error:
-            if len(feeds) == 1:
-                return self._fail(feeds[0][0], error)
-            for feed in feeds:  # one by one: those who are not to blame go on
-                self._step([feed])
+            log.error("a step for %d failed", len(feeds), exc_info=error)
+            failure = error.with_traceback(None)  # which holds on to the step's memory
+        else:
+            for (generation, _), row, token_id in zip(feeds, logits, likeliest):
+                if generation.past.length == len(generation.ids):
+                    try:
+                        self._continue(generation, generation.sample(row) if generation.sample else token_id)
+                    except Exception as error:
+                        self._fail(generation, error)
             return
-        likeliest = logits.max(dim=-1).indices.tolist()  # for all at once, and quicker than argmax
-        for (generation, _), row, token_id in zip(feeds, logits, likeliest):
-            if generation.past.length == len(generation.ids):
-                try:
-                    self._continue(generation, generation.sample(row) if generation.sample else token_id)
-                except Exception as error:
-                    self._fail(generation, error)
+        freed = self._kept.shrink(0)  # it may have been the memory
+        if len(feeds) == 1 and not freed:
+            return self._fail(feeds[0][0], failure)
+        for feed in feeds:  # one by one: those who are not to blame go on
+            self._step([feed])
 
     def _continue(self, generation: Generation, token_id: int) -> None:
         if token_id in self.eos_token_ids:
@@ -357,12 +377,9 @@ class Engine:
             self._leave(generation, "length")
 
     def _fail(self, generation: Generation, error: Exception) -> None:
-        log.error("the model raised after %d tokens", generation.completion_tokens, exc_info=error)
         generation.past = None
         failure = GenerationFailed(
-            f"The model failed after {generation.completion_tokens} tokens "
-            f"({type(error).__name__}: {error}). What came before is not a whole answer; "
-            "ask again, and look into the service's log if it happens again."
+            f"The model failed after {generation.completion_tokens} tokens ({type(error).__name__}: {error}). {_AGAIN}"
         )
         self._leave(generation, "error", failure)
 
@@ -370,8 +387,23 @@ class Engine:
         self._live.remove(generation)
         self._seconds.append(time.monotonic() - generation.joined)
         generation._end(reason, failure)
-        if generation.past is not None:
-            self._kept.add(generation.ids[: generation.past.length], generation.past)
+        past, generation.past = generation.past, None  # whoever still reads the answer does not hold its memory
+        if past is not None and past.length >= WORTH_SHARING:
+            self._kept.add(generation.ids[: past.length], past)
+
+
+_AGAIN = (
+    "What came before is not a whole answer; ask again, and look into the service's log if it happens again."
+)
+
+
+def check_limits(max_live: int, max_waiting: int) -> None:
+    """Raise `InvalidRequest` for limits under which nobody could be answered."""
+    if max_live < 1 or max_waiting < 0:
+        raise InvalidRequest(
+            f"max_live is {max_live} and max_waiting {max_waiting}: at least 1 is to be answered at once, "
+            "and at least 0 may wait."
+        )
 
 
 def check_request(
@@ -398,8 +430,9 @@ def check_request(
         raise InvalidRequest("The prompt is empty. Send at least one character.")
     if prompt_tokens + max_tokens > context_length:
         raise InvalidRequest(
-            f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}: together more than "
-            f"the {context_length} tokens of the model's window. Shorten the prompt or ask for fewer tokens."
+            f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}: together more than the "
+            f"{context_length} tokens for which there is room, in the model's window and in the memory for its keys "
+            "and values. Shorten the prompt or ask for fewer tokens."
         )
 
 
@@ -414,7 +447,9 @@ def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[to
     def sample(logits: torch.Tensor) -> int:
         probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
         if top_p < 1:
-            probabilities, ids = probabilities.sort(descending=True)
+            likely = probabilities.topk(min(1024, len(probabilities)))  # enough, as a rule, and to sort all takes long
+            enough = likely.values.sum() >= top_p
+            probabilities, ids = likely if enough else probabilities.sort(descending=True)
             before = probabilities.cumsum(dim=-1) - probabilities
             probabilities = probabilities.where(before < top_p, 0.0)
             return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from . import models, prompts
 from ._jina import Executor, requests
 from .detokenizer import Detokenizer
-from .engine import MAX_LIVE, MAX_WAITING, Engine
+from .engine import MAX_LIVE, MAX_WAITING, Engine, check_limits
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
 from .processes import wait_for_end_of_parent
 from .schemas import (
@@ -83,7 +83,9 @@ class TokenStreamingExecutor(Executor):
         sys.setswitchinterval(0.0001)
         if parent is not None:
             threading.Thread(target=_die_with, args=(parent,), name="die-with-parent", daemon=True).start()
+        self._tokenizing = 0
         try:
+            check_limits(max_live, max_waiting)
             self.chat_model = models.load(model, precision)
             self.engine = Engine(
                 self.chat_model.model,
@@ -165,9 +167,12 @@ class TokenStreamingExecutor(Executor):
         try:
             if doc.refusal:
                 raise InvalidRequest(doc.refusal)
-            self.engine.check_place()
-            # tokenising may take long, and the event loop belongs to all readers
-            prompt_ids, dropped_turns = await asyncio.to_thread(ids_of, doc)
+            self.engine.check_place(self._tokenizing)
+            self._tokenizing += 1
+            try:  # it may take long, and the event loop belongs to all readers
+                prompt_ids, dropped_turns = await asyncio.to_thread(ids_of, doc)
+            finally:
+                self._tokenizing -= 1
             generation = self.engine.submit(
                 prompt_ids,
                 max_tokens=doc.max_tokens,

@@ -48,6 +48,14 @@ class KeyValues:
         stored.narrow(2, self.length, n).copy_(new)
         return stored.narrow(2, 0, self.length + n)
 
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, one layer after the other, so that only one is there twice at a time."""
+        for layer, stored in self._layers.items():
+            larger = stored.new_empty(*stored.shape[:2], capacity, stored.shape[3])
+            larger.narrow(2, 0, self.length).copy_(stored.narrow(2, 0, self.length))
+            self._layers[layer] = larger
+        self.capacity = capacity
+
     def beginning(self, length: int, *, capacity: int) -> KeyValues:
         """A copy of the first `length` tokens, with room for `capacity`."""
         copy = KeyValues(capacity)
@@ -61,13 +69,20 @@ class KeyValues:
         return len(self._layers)
 
     @property
-    def bytes_per_token(self) -> int:
-        return sum(stored.nbytes for stored in self._layers.values()) // self.capacity
+    def bytes_per_token(self) -> dict[torch.device, int]:
+        """By device: of a model that is spread over several, each holds its own layers' keys and values."""
+        sizes: dict[torch.device, int] = {}
+        for stored in self._layers.values():
+            sizes[stored.device] = sizes.get(stored.device, 0) + stored.nbytes // self.capacity
+        return sizes
 
 
 class Kept:
     """Keys and values of sequences that have ended, for those that begin alike: the next turn of a
     conversation, another question under the same system prompt. The least recently used goes first."""
+
+    MOST = 256
+    """How many are kept, however small they are: whoever joins is compared with each."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[Ids, KeyValues]] = []  # the latest used is the last
@@ -84,30 +99,47 @@ class Kept:
         """Keep `past`, of which `ids` are the tokens, in the place of all that are a beginning of it."""
         self._entries = [entry for entry in self._entries if common_beginning(entry[0], ids) < len(entry[0])]
         self._entries.append((ids, past))
+        del self._entries[: -self.MOST]
 
-    def used(self, past: KeyValues) -> None:
+    def take(self, past: KeyValues) -> bool:
+        """Keep `past` no longer; whether it was kept."""
+        before = len(self._entries)
+        self._entries = [entry for entry in self._entries if entry[1] is not past]
+        return len(self._entries) < before
+
+    def used(self, past: KeyValues | None) -> None:
         self._entries.sort(key=lambda entry: entry[1] is past)  # stable: it alone moves, to the end
 
-    def shrink(self, tokens: int) -> None:
-        """Let go of as many as it takes to hold at most `tokens`."""
+    def shrink(self, tokens: int) -> bool:
+        """Let go of as many as it takes to hold at most `tokens`; whether there was any to let go of."""
+        before = len(self._entries)
         while self._entries and self.tokens > tokens:
             del self._entries[0]
+        return len(self._entries) < before
 
 
 def common_beginning(some: Ids, others: Ids) -> int:
     """How many ids from the first on are the same in both."""
-    shorter = min(len(some), len(others))
-    if some[:shorter] == others[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if some[i] != others[i])
+    same, end = 0, min(len(some), len(others))
+    while same < end:  # by halves: slices are compared much quicker than one id after the other
+        middle = (same + end + 1) // 2
+        if some[same:middle] == others[same:middle]:
+            same = middle
+        else:
+            end = middle - 1
+    return same
 
 
-def spare_memory(device: torch.device) -> int:
-    """Bytes to use for keys and values where nobody says how many: most of what is free on a GPU; of RAM,
-    which other programs want too, half of it and at most 2 GiB, a full window of Llama-2-7b in 16 bit."""
-    if device.type == "cuda":
-        return sum(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count())) * 4 // 5
-    return min(access.ram()[1] // 2, 2 * 2**30)
+def spare_tokens(trial: KeyValues, *, window: int) -> int:
+    """For how many tokens to have room where nobody says how many: most of what is free on each GPU; of RAM,
+    which other programs want too, half of it and at most 2 GiB, or one full `window` where that is more."""
+
+    def spare(device: torch.device, per_token: int) -> int:
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] * 4 // 5
+        return min(access.ram()[1] // 2, max(2 * 2**30, window * per_token))
+
+    return min(spare(device, per_token) // per_token for device, per_token in trial.bytes_per_token.items())
 
 
 # --- One run of the model for many sequences ------------------------------------------------------
@@ -118,22 +150,23 @@ class _Part:
 
     def __init__(self, past: KeyValues, n: int) -> None:
         self.past, self.n = past, n
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[tuple[int | None, torch.device], Tensor | None] = {}
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
         """0 where a token may look and -inf where not, (1, 1, n, length + n), in a layer that looks back at most
         `window` tokens; None for one token that may look at all that was before."""
-        if window not in self._masks:
+        key = window, like.device
+        if key not in self._masks:
             end = self.past.length + self.n
             narrow = window is not None and window < end
             if self.n == 1 and not narrow:
-                self._masks[window] = None
+                self._masks[key] = None
             else:
                 hidden = torch.ones(self.n, end, dtype=torch.bool, device=like.device).triu(self.past.length + 1)
                 if narrow:
                     hidden |= torch.ones_like(hidden).tril(self.past.length - window)
-                self._masks[window] = like.new_zeros(1, 1, self.n, end).masked_fill_(hidden, float("-inf"))
-        return self._masks[window]
+                self._masks[key] = like.new_zeros(1, 1, self.n, end).masked_fill_(hidden, float("-inf"))
+        return self._masks[key]
 
 
 def _attend(
@@ -149,6 +182,8 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`attention`, one of transformers' own, for each part by itself; (1, tokens, heads, size)."""
+    if attention_mask is not None:
+        raise TypeError("it masks in a way of its own")
     new = torch.cat((key, value), dim=-1)
     key_size, value_size = key.shape[-1], value.shape[-1]
     outputs, begin = [], 0
@@ -185,11 +220,12 @@ class _PackedLinear(torch.nn.Module):
 
     For up to 16 rows torch's own way through MKL takes about twice as long with a matrix as large as that from
     the last layer to the vocabulary: a tenth of a step for 8 readers. torch's compiler makes the same two calls.
+    Where the matrix is also that of the embedding, it is in memory twice.
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.bias = linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -202,42 +238,51 @@ def _pack_head(model: Any) -> None:
     if (
         type(head) is torch.nn.Linear
         and (head.weight.device.type, head.weight.dtype) == ("cpu", torch.float32)
+        and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
     ):
         model.set_output_embeddings(_PackedLinear(head))
 
 
-def prepare(model: Any) -> int:
-    """Make `model`, a `transformers` causal language model, ready for `run`, and run it once.
+def prepare(model: Any) -> KeyValues:
+    """Make `model`, a `transformers` causal language model, ready for `run`, and try it on two short texts.
 
-    Returns the bytes that keys and values take for one token. Raises `ModelUnavailable` for a model whose
-    layers do not all keep keys and values, or do it in a way of their own.
+    Returns the keys and values of one of them. Raises `ModelUnavailable` for a model that does not say the same
+    of two texts in one run as of each alone: its layers look from one token at another in a way of their own.
     """
     attention = model.config._attn_implementation.removeprefix("packed_")
+    first, second = [3, 1, 4, 1, 5], [9, 2]
     try:
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise TypeError("it takes no positions")
-        if hasattr(model.config, "attention_chunk_size"):
-            raise TypeError("it attends in chunks")
+        model.set_attn_implementation(attention)
+        with torch.inference_mode():
+            alone = [model(torch.tensor([ids], device=model.device)).logits[0, -1] for ids in (first, second)]
         model.set_attn_implementation(f"packed_{attention}")
         _pack_head(model)
-        trial = KeyValues(1)
-        run(model, [(trial, [0])])
+        trial, other = KeyValues(5), KeyValues(2)
+        run(model, [(trial, first[:3]), (other, second[:1])])
+        logits, _ = run(model, [(trial, first[3:]), (other, second[1:])])
         if trial.layers != model.config.get_text_config().num_hidden_layers:
             raise TypeError("it has layers that keep something else than keys and values")
+        expected, got = torch.stack(alone).float().cpu(), logits.float().cpu()
+        exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+        if (got - expected).norm() > (0.001 if exact else 0.1) * expected.norm():
+            raise TypeError("its layers do not keep two texts apart")
     except Exception as error:
         raise ModelUnavailable(
             f"{type(model).__name__} cannot be served here ({type(error).__name__}: {error}). Choose a model of "
             "another kind, such as those of Llama, Mistral, Qwen, Gemma or Phi."
         ) from error
-    return trial.bytes_per_token
+    return trial
 
 
 @torch.inference_mode()
-def run(model: Any, feeds: Sequence[tuple[KeyValues, Ids]]) -> Tensor:
+def run(model: Any, feeds: Sequence[tuple[KeyValues, Ids]]) -> tuple[Tensor, list[int]]:
     """Run the model once: each sequence reads its next ids, one or more, after those that it remembers.
 
-    Returns the logits after the last id of each, of shape (sequences, vocabulary).
+    Returns the logits after the last id of each, of shape (sequences, vocabulary), and the likeliest id of each.
+    Where this raises, no sequence has read anything.
     """
     device = model.device
     parts = [_Part(past, len(ids)) for past, ids in feeds]
@@ -249,6 +294,8 @@ def run(model: Any, feeds: Sequence[tuple[KeyValues, Ids]]) -> Tensor:
         use_cache=False,
         parts=parts,
     )
+    logits = output.logits[0]
+    likeliest = logits.max(dim=-1).indices.tolist()  # quicker than argmax; on a GPU, what failed shows here
     for part in parts:
         part.past.length += part.n
-    return output.logits[0]
+    return logits, likeliest

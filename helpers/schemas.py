@@ -21,7 +21,8 @@ class Sampling(BaseDoc):
     - ``max_tokens``: at most so many tokens, at least 1; prompt and answer share the model's window.
     - ``temperature``: 0 takes the likeliest token each time (greedy); higher is more varied, up to 2.
     - ``top_p``: sample only from the likeliest tokens that together reach this probability, 0 < p <= 1.
-    - ``seed``: the same seed gives the same sample on the same machine and precision.
+    - ``seed``: the same seed gives the same sample on the same machine, at fp32; at a lower precision
+      whoever is answered at the same time may change how numbers are rounded.
     - ``stop``: the answer ends before the first of these strings.
     """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ import pytest
 
 from helpers.errors import GenerationFailed, InvalidRequest, ServiceBusy, ServiceUnavailable
 
-def until_live(engine: Any, n: int) -> None:
-    while engine.live < n:
-        threading.Event().wait(0.001)
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 PROMPT = [1, 518, 25580, 29962, 15043, 518, 29914, 25580, 29962]
@@ -209,7 +215,9 @@ def test_a_long_prompt_does_not_hold_up_the_others(engine: Any) -> None:
     reading.cancel()
     fed = [{g: len(ids) for g, ids in feeds} for feeds in held.steps]
     while_long = [step for step in fed if step.get(long, 0) > 1]
-    assert [step[long] for step in while_long] == [PREFILL_CHUNK] * 3 + [480 - 3 * PREFILL_CHUNK]
+    # the first part beside the short one, which does not wait for the others
+    assert [step[long] for step in while_long] == [PREFILL_CHUNK // 2, *[PREFILL_CHUNK] * 3, 416 - 3 * PREFILL_CHUNK]
+    assert while_long[0][short] > 1 and while_long[1][short] == 1
     assert all(step[reading] == 1 for step in while_long)
     assert all(sum(n for n in step.values() if n > 1) <= PREFILL_CHUNK for step in fed)
 
@@ -240,6 +248,54 @@ def test_a_beginning_shared_by_all_is_read_once(engine: Any, reference: Any) -> 
     assert read == shared + sum(len(prompt) - shared + 4 for prompt in prompts)
 
 
+def test_a_beginning_is_shared_also_behind_a_long_prompt(engine: Any, reference: Any) -> None:
+    system = prompt_of(100, 1)
+    prompts = [prompt_of(400, 2), *([*system, *prompt_of(20, 10 + n)] for n in range(3))]
+    with Held(engine) as held:
+        generations = [engine.submit(prompt, max_tokens=2) for prompt in prompts]
+    assert [list(g) for g in generations] == [reference(prompt, 2) for prompt in prompts]
+    read = sum(len(ids) for feeds in held.steps for g, ids in feeds if g is not generations[0])
+    assert read == 101 + 3 * (19 + 1)
+
+
+def test_the_next_turn_finds_its_past_where_there_is_no_room_for_two(start: Any, reference: Any) -> None:
+    """The keys and values of its first turn become its own."""
+    engine = start(cache_memory=400 * 512)
+    first = prompt_of(250, 1)
+    answer = list(engine.submit(first, max_tokens=10))
+    list(engine.submit(prompt_of(30, 3), max_tokens=10))  # somebody else was there since
+    second = [*first, *answer, *prompt_of(20, 2)]
+    with Held(engine) as held:
+        next_turn = engine.submit(second, max_tokens=10)
+    assert list(next_turn) == reference(second, 10)
+    assert [len(ids) for feeds in held.steps for _, ids in feeds][0] == 21
+    assert engine._kept.tokens <= 400
+
+
+def test_many_short_answers_do_not_pile_up(start: Any) -> None:
+    from helpers.kv_cache import Kept, KeyValues
+
+    kept = Kept()
+    for n in range(300):
+        kept.add(prompt_of(20, n), KeyValues(20))
+    assert len(list(kept)) == Kept.MOST
+    engine = start()
+    list(engine.submit(PROMPT, max_tokens=2))
+    assert list(engine._kept) == []  # too short to be worth it
+
+
+def test_an_answer_that_is_not_read_holds_no_memory(start: Any) -> None:
+    engine = start()
+    unread = engine.submit(PROMPT, max_tokens=20)
+    until(lambda: unread.finish_reason is not None)
+    ((_, past),) = engine._kept
+    there = weakref.ref(past)
+    del past
+    engine._kept.shrink(0)
+    assert there() is None
+    assert len(list(unread)) == 20
+
+
 def test_what_is_kept_stays_within_its_memory(start: Any) -> None:
     engine = start(cache_memory=1000 * 512)
     assert engine.cache_tokens == 1000
@@ -263,14 +319,26 @@ def test_a_full_line_answers_at_once_and_a_leaver_makes_room(start: Any) -> None
     engine = start(max_live=2, max_waiting=3)
     with Held(engine) as held:
         generations = [engine.submit(PROMPT, max_tokens=5)]
-        until_live(engine, 1)
-        generations += [engine.submit(PROMPT, max_tokens=5) for _ in range(3)]
-        with pytest.raises(ServiceBusy, match=r"answers 1 readers, and 3 more stand in line.*Try again in \d+ s"):
+        until(lambda: engine.live == 1)
+        generations += [engine.submit(PROMPT, max_tokens=5) for _ in range(4)]
+        with pytest.raises(ServiceBusy, match=r"answers 1 readers, and 4 more stand in line.*Try again in 1 s"):
             engine.submit(PROMPT, max_tokens=5)
         generations.pop().cancel()
         generations.append(engine.submit(PROMPT, max_tokens=5))
         assert held.steps == []
-    assert [len(list(g)) for g in generations] == [5] * 4
+    assert [len(list(g)) for g in generations] == [5] * 5
+
+
+def test_without_a_line_as_many_are_answered_as_may_be_live(start: Any) -> None:
+    engine = start(max_live=2, max_waiting=0)
+    with Held(engine):
+        generations = [engine.submit(PROMPT, max_tokens=5) for _ in range(2)]
+        with pytest.raises(ServiceBusy):
+            engine.submit(PROMPT, max_tokens=5)
+        with pytest.raises(ServiceBusy, match="answers 1 readers|answers 0 readers"):
+            engine.check_place(coming=1)
+    assert [len(list(g)) for g in generations] == [5] * 2
+    assert len(list(engine.submit(PROMPT, max_tokens=5))) == 5
 
 
 def test_memory_bounds_how_many_are_live(start: Any) -> None:
@@ -285,7 +353,7 @@ def test_memory_bounds_how_many_are_live(start: Any) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "sentence"),
-    [({"max_live": 0}, "max_live is 0"), ({"max_waiting": -1}, "max_waiting -1"), ({"cache_memory": 100}, "takes 512")],
+    [({"max_live": 0}, "max_live is 0"), ({"max_waiting": -1}, "max_waiting -1"), ({"cache_memory": 100}, "at 512 bytes each")],
 )
 def test_limits_under_which_nobody_could_be_answered_are_refused(start: Any, limits: dict, sentence: str) -> None:
     with pytest.raises(InvalidRequest, match=sentence):
@@ -312,8 +380,9 @@ def test_one_that_is_cancelled_in_line_never_runs(start: Any) -> None:
         first = engine.submit(PROMPT, max_tokens=50)
         second = engine.submit(PROMPT, max_tokens=50)
         third = engine.submit(PROMPT, max_tokens=5)
+        until(lambda: engine.live == 1)
         second.cancel()
-        assert engine.waiting <= 2
+        assert engine.waiting == 1
     assert (len(list(first)), list(second), len(list(third))) == (50, [], 5)
     assert second.finish_reason == "cancelled"
     assert engine.steps == 55
@@ -322,7 +391,7 @@ def test_one_that_is_cancelled_in_line_never_runs(start: Any) -> None:
 def test_a_long_prompt_can_be_left_between_its_parts(engine: Any) -> None:
     with Held(engine) as held:
         generation = engine.submit(prompt_of(500, 1), max_tokens=5)
-        until_live(engine, 1)
+        until(lambda: engine.live == 1)
         generation.cancel()
     assert list(generation) == []
     assert (generation.finish_reason, engine.steps, len(held.steps)) == ("cancelled", 1, 1)
@@ -347,6 +416,36 @@ def test_a_failure_reaches_the_one_whose_it_is_and_the_others_go_on(engine: Any,
     hook.remove()
     assert [list(g) for g in generations] == [reference(prompt, 10) for prompt in prompts]
     assert list(engine.submit(PROMPT, max_tokens=10)) == reference(PROMPT, 10)
+
+
+def test_a_failure_in_the_middle_of_a_step_leaves_nothing_behind(engine: Any, reference: Any) -> None:
+    """After the first layer has stored its keys and values; and what was kept is let go of, for its memory."""
+    list(engine.submit(prompt_of(30, 9), max_tokens=2))
+    failing = iter([False, False, True])
+
+    def fail(*_: Any) -> None:
+        if next(failing, False):
+            raise RuntimeError("out of memory")
+
+    prompts = [prompt_of(20, n) for n in range(3)]
+    hook = engine.model.model.layers[1].register_forward_pre_hook(fail)
+    with Held(engine):
+        generations = [engine.submit(prompt, max_tokens=10) for prompt in prompts]
+    assert [list(g) for g in generations] == [reference(prompt, 10) for prompt in prompts]
+    hook.remove()
+    assert all(ids[:20] != prompt_of(30, 9)[:20] for ids, _ in engine._kept)
+
+
+def test_where_the_engine_itself_fails_every_reader_is_told(start: Any) -> None:
+    engine = start()
+    with Held(engine):
+        generations = [engine.submit(PROMPT, max_tokens=5) for _ in range(3)]
+        engine._plan = lambda: 1 / 0
+    for generation in generations:
+        with pytest.raises(GenerationFailed, match="ZeroDivisionError"):
+            list(generation)
+    with pytest.raises(ServiceUnavailable):
+        engine.submit(PROMPT, max_tokens=5)
 
 
 def test_a_failure_arrives_after_what_came_before_it(engine: Any, reference: Any) -> None:
@@ -383,7 +482,7 @@ def test_a_failing_draw_is_the_failure_of_one(engine: Any) -> None:
     [
         ({"max_tokens": 0}, "at least 1"),
         ({"max_tokens": -5}, "at least 1"),
-        ({"max_tokens": 504}, "more than the 512 tokens of the model's window"),
+        ({"max_tokens": 504}, "more than the 512 tokens for which there is room"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
@@ -434,8 +533,7 @@ def test_a_reader_whose_loop_is_gone_is_a_reader_who_left(engine: Any) -> None:
             return
 
     asyncio.run(begin())
-    while generation.finish_reason is None:
-        threading.Event().wait(0.001)
+    until(lambda: generation.finish_reason is not None)
     assert generation.finish_reason == "cancelled"
     assert generation.completion_tokens < 500
 
