@@ -1,10 +1,10 @@
 """This service beside others, on this machine, in one run.
 
     make bench                              everything: about half an hour on two cores
-    make bench BENCH_ARGS=--quick           less of everything: under two minutes
+    make bench BENCH_ARGS=--quick           less of everything: about two minutes
 
-The machine's speed changes while it runs. So everybody is started first, each round asks everybody in turn,
-and what counts are the medians of the rounds and the ratios between them; a number alone says little.
+The machine's speed changes while it runs. So everybody is started first, each round asks everybody in an order
+of its own, and what counts are the medians of the rounds and the ratios between them; a number alone says little.
 Writes `results.md` and two pictures into the folder of this file, or into `--output`.
 
 Tokens/s are those of all readers together, from the moment when all ask to the last token; "decode" counts only
@@ -20,10 +20,10 @@ import importlib.util
 import itertools
 import os
 import platform
+import random
 import signal
 import statistics
 import sys
-from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,6 @@ from contenders import (
     article,
     bare_masked,
     bare_unmasked,
-    dialog,
     llama_cpp,
     load,
     load_llama_cpp,
@@ -93,12 +92,13 @@ Runs = dict[tuple[str, int], list[Run]]
 
 
 def measure(contenders: Sequence[Contender], *, rounds: int, tokens: int) -> Runs:
-    runs: Runs = defaultdict(list)
     todo = [(contender, readers) for contender in contenders for readers in contender.readers]
+    runs: Runs = {(contender.name, readers): [] for contender, readers in todo}
+    order = random.Random(0)
     for contender in contenders:
         contender.answer(questions(1), 8)  # warms up
     for n in range(rounds):
-        for contender, readers in todo[n % len(todo) :] + todo[: n % len(todo)]:
+        for contender, readers in order.sample(todo, len(todo)):
             run = Run(contender.answer(questions(readers), tokens))
             runs[contender.name, readers].append(run)
             print(f"round {n + 1}: {contender.name}, {readers}: {run.rate:.1f} tokens/s", flush=True)
@@ -132,25 +132,24 @@ def by_length(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
 def third_turn(service: Service, *, rounds: int, words: int) -> tuple[float, float, int]:
     """Medians of the TTFT of a conversation's third turn, and of the same dialog sent to a service that has not
     seen it; the dialog's tokens."""
+    text = " ".join(f"{'red green blue black white'.split()[n % 5]} {n}" for n in range(words // 2))
+    questions = (f"Read this list. {text}", f"And this one. {text}", "Which colour came first?")
     warm, cold, size = [], [], 0
     for _ in range(rounds):
-        firsts = []
-        for keeps in (True, False):
-            number = next(_numbers)  # at the very beginning, so that nothing is known from the other way
-            text = " ".join(f"{'red green blue black white'.split()[n % 5]} {n}" for n in range(words // 2))
-            messages = [{"role": "system", "content": f"{number}. {helpers.prompts.SYSTEM_PROMPT}"}]
-            for turn in (f"Read this list. {text}", f"And this one. {text}", "Which colour came first?"):
-                messages.append({"role": "user", "content": turn})
-                if keeps or turn.endswith("?"):
-                    answer = service.service.ask(messages, max_tokens=24)
-                messages.append({"role": "assistant", "content": answer.text if keeps else said.pop(0)})
-            if keeps:
-                said = [m["content"] for m in messages if m["role"] == "assistant"]
-            firsts.append(answer.time_to_first_token)
-            size = answer.prompt_tokens
-        warm.append(firsts[0])
-        cold.append(firsts[1])
+        talk = service.service.conversation(_never_seen(), max_tokens=24)
+        for question in questions:
+            talk.ask(question)
+        warm.append(talk.answer.time_to_first_token)
+        same = [{"role": "system", "content": _never_seen()}, *talk.messages[1:-1]]
+        answer = service.service.ask(same, max_tokens=24)
+        cold.append(answer.time_to_first_token)
+        size = answer.prompt_tokens
     return median(warm), median(cold), size
+
+
+def _never_seen() -> str:
+    """A system prompt that differs from all others at its very beginning."""
+    return f"{next(_numbers)}. {helpers.prompts.SYSTEM_PROMPT}"
 
 
 # --- What is written --------------------------------------------------------------------------------
@@ -188,11 +187,11 @@ def ratios(runs: Runs) -> Iterator[str]:
         bare = [name for name, n in runs if name.startswith("bare") and n == readers]
         if bare and ("this service", readers) in runs:
             best = max(bare, key=lambda name: median(run.decode_rate for run in runs[name, readers]))
-            yield f"{readers} readers, decode: this service ÷ {best} = {ratio(runs, readers, best, 'decode_rate')}"
+            yield f"{readers} reader(s), decode: this service ÷ {best} = {ratio(runs, readers, best, 'decode_rate')}"
     for name, readers in runs:
         if name not in ("this service", "the article's loop") and not name.startswith("bare"):
             if ("this service", readers) in runs:
-                yield f"{readers} readers, tokens/s: this service ÷ {name} = {ratio(runs, readers, name)}"
+                yield f"{readers} reader(s), tokens/s: this service ÷ {name} = {ratio(runs, readers, name)}"
 
 
 def draw_rates(runs: Runs, file: Path) -> None:
@@ -250,7 +249,7 @@ def main() -> None:
     options = parser.parse_args()
     quick = options.quick
     rounds = options.rounds or (1 if quick else 5)
-    tokens, long, longest = (24, 48, 120) if quick else (64, 256, 1000)
+    tokens, long, longest = (16, 32, 100) if quick else (64, 256, 1000)
 
     folder = str(models.embedded_folder()) if options.model == access.EMBEDDED else options.model
     loading = (folder, options.precision)
@@ -285,11 +284,11 @@ def main() -> None:
         peaks = {contender.name: contender.peak_memory() for contender in everybody}
 
     costs = [seconds for _, seconds in by_length(ours)]
-    whole_answer = median(a.arrivals[0][-1] / b.arrivals[0][-1] for a, b in zip(theirs, same))
+    whole_answer = median(b.rate / a.rate for a, b in zip(theirs, same))
     facts = [
         *ratios(runs),
-        f"{long} new tokens, whole time: the article's loop ÷ this service = {whole_answer:.1f}",
-        f"a token's cost over an answer of {longest} tokens, of this service: at most "
+        f"time for one token of an answer of {long}: the article's loop ÷ this service = {whole_answer:.1f}",
+        f"a token's cost over an answer of {min(len(run.gaps) for run in ours) + 1} tokens, of this service: at most "
         f"{max(costs) / costs[0]:.2f} times that at its beginning",
         f"TTFT of a conversation's third turn, {size} tokens: {warm:.2f} s; "
         f"of the same text sent cold: {cold:.2f} s; ratio {warm / cold:.2f}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import json
 import multiprocessing
 import subprocess
@@ -215,7 +214,7 @@ def article(questions: Sequence[str], max_tokens: int) -> Arrivals:
 
 
 def bare(questions: Sequence[str], max_tokens: int, *, masked: bool) -> Arrivals:
-    """A batch of rows in step, with transformers' own cache: the least that an answer takes in Python.
+    """A batch of rows in step, with the model and the cache as transformers has them.
 
     The prompts are cut to the shortest, so that no row is padded; `masked` gives the model an attention mask all
     the same, and it then takes another way through its kernels.
@@ -260,13 +259,7 @@ def load_llama_cpp(*_: str) -> None:
     from llama_cpp import Llama
 
     global _loaded
-    spec = importlib.util.find_spec(models.WHEEL)
-    _loaded = Llama(
-        str(Path(spec.submodule_search_locations[0]) / models.GGUF),
-        n_ctx=2048,
-        n_threads=os.cpu_count(),
-        verbose=False,
-    )
+    _loaded = Llama(str(models.embedded_gguf()), n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
 
 
 def llama_cpp(questions: Sequence[str], max_tokens: int) -> Arrivals:

@@ -6,7 +6,7 @@ First a crowd: so many readers arrive within ten seconds. Each has to get its wh
 alone, or to be told that the service is busy. Then, until the time is up, readers come who ask short and long
 questions, hold conversations, leave in the middle, read slowly, or send what is no request. Every answer that
 is complete is compared with what the same question gets alone. Prints the service's memory, threads and files
-each minute, and what was lost; exit status 1 if anything was.
+each minute, and in the end what was lost and what has grown since the second crowd; exit status 1 if anything.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import psutil
 
@@ -28,6 +29,28 @@ SUBJECTS = ("tea", "rivers", "clocks", "bees", "maps", "salt", "ice", "paper", "
 QUESTIONS = [f"Tell me about {subject} in some detail." for subject in SUBJECTS]
 LONG = " ".join(f"Item {n} of the list is {SUBJECTS[n % len(SUBJECTS)]}." for n in range(60))
 LENGTHS = (8, 40, 120)
+
+
+class State(NamedTuple):
+    """What the service's process has. Memory goes up and down by some 10 MB with what is being answered, and a
+    closed connection takes a moment to go: so much more than before counts as growth."""
+
+    memory: int
+    """MB."""
+    threads: int
+    files: int
+    connections: int
+
+    def __str__(self) -> str:
+        return f"{self.memory} MB, {self.threads} threads, {self.files} files, {self.connections} connections"
+
+    def growth_since(self, before: State) -> list[str]:
+        margins = State(memory=100, threads=8, files=8, connections=8)
+        return [
+            f"{name} grew from {old} to {new}"
+            for name, new, old, margin in zip(self._fields, self, before, margins)
+            if new > old + margin
+        ]
 
 
 class Soak:
@@ -136,11 +159,13 @@ class Soak:
         for thread in threads:
             thread.join()
 
-    def state(self) -> str:
+    def state(self) -> State:
         (process,) = psutil.Process(self.service.pid).children()
-        return (
-            f"{process.memory_info().rss / 1e6:.0f} MB, {process.num_threads()} threads, "
-            f"{process.num_fds()} files, {len(process.net_connections())} connections"
+        return State(
+            round(process.memory_info().rss / 1e6),
+            process.num_threads(),
+            process.num_fds(),
+            len(process.net_connections()),
         )
 
 
@@ -151,17 +176,19 @@ def main() -> int:
     parser.add_argument("--readers", type=int, default=12)
     parser.add_argument("--model", default="smollm2")
     options = parser.parse_args()
-    with helpers.serve(options.model, port=0, cache_memory=300_000_000) as service:
+    with helpers.serve(options.model, "fp32", port=0, cache_memory=300_000_000) as service:
         soak = Soak(service)
         for n in range(2):  # the first fills what is kept up to its bound
             print(f"before the crowd: {soak.state()}", flush=True)
             soak.crowd(options.crowd)
             print(f"after the crowd: {soak.state()}; {dict(soak.seen)}; lost {len(soak.lost)}", flush=True)
+        before = soak.state()
         soak.run(60 * options.minutes, options.readers)
         time.sleep(2)
         info = service.info()
+        soak.lost += soak.state().growth_since(before)
         print(f"at the end: {soak.state()}; live {info.live}, waiting {info.waiting}; {dict(soak.seen)}")
-    print(*soak.lost[:20] or ["nothing was lost"], sep="\n")
+    print(*soak.lost[:20] or ["nothing was lost, and nothing has grown"], sep="\n")
     return bool(soak.lost)
 
 

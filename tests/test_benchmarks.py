@@ -38,7 +38,7 @@ def test_the_quick_benchmark_measures_everybody_and_draws(serving: None, tmp_pat
         "| transformers serve --continuous-batching | 8 |",
     ):
         assert row in written
-    for ratio in ("8 readers, decode: this service ÷ bare loop", "the article's loop ÷ this service", "sent cold"):
+    for ratio in ("8 reader(s), decode: this service ÷ bare loop", "the article's loop ÷ this service", "sent cold"):
         assert ratio in written
     for picture in ("rates.png", "costs.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
@@ -48,4 +48,4 @@ def test_a_short_soak_loses_nothing(embedded: Any) -> None:
     result = run("soak.py", "--minutes", "0.2", "--crowd", "20", "--readers", "4")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "live 0, waiting 0" in result.stdout
-    assert result.stdout.endswith("nothing was lost\n")
+    assert result.stdout.endswith("nothing was lost, and nothing has grown\n")
