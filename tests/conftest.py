@@ -15,20 +15,12 @@ import psutil
 import pytest
 
 import helpers
+import helpers.models
 
 TESTS = Path(__file__).parent
 NEEDS_TORCH = (
     'torch and transformers are not installed. For the tests that run a model: pip install -c constraints.txt -e ".[model]"'
 )
-
-
-LLAMA2_TEMPLATE = """
-{%- for m in messages -%}
-{%- if m.role == 'system' -%}<s>[INST] <<SYS>>{{ m.content }}<</SYS>>
-{%- elif m.role == 'user' -%}<s>[INST] {{ m.content }} [/INST]
-{%- else %} {{ m.content }} </s>{%- endif -%}
-{%- endfor -%}
-"""
 
 
 @pytest.fixture(scope="session")
@@ -54,24 +46,16 @@ def sentencepiece_model() -> Any:
     )
 
 
-def fast_tokenizer(model: Any, kind: str = "legacy=False") -> Any:
-    """A fast tokenizer from a SentencePiece BPE model, without the detour over protobuf.
-
-    Its merges go by the pieces' scores, as in the tokenizer.json that Llama 2 is published with.
-    (Transformers 5.23, given a lone tokenizer.model, orders them by id, and so encodes two spaces
-    before a word differently.)
-    """
+def fast_tokenizer(kind: str) -> Any:
+    """The tokenizer of Llama's kind, as one or another of the files that go round would make it."""
     from tokenizers import Tokenizer, models, normalizers
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(pieces, key=lambda piece: -model.get_score(vocab[piece]))
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
+    tokenizer = helpers.models.llama_tokenizer()
+    if kind == "legacy=False":
+        return tokenizer
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab, merges, template = bpe["vocab"], list(map(tuple, bpe["merges"])), tokenizer.chat_template
     if kind == "tokenizer.json as it is":
         backend = Tokenizer(
             models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -83,17 +67,15 @@ def fast_tokenizer(model: Any, kind: str = "legacy=False") -> Any:
             tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
         )
     else:
-        tokenizer = LlamaTokenizer(
-            vocab=vocab, merges=merges, legacy=kind == "legacy=True", add_bos_token=True
-        )
-    tokenizer.chat_template = LLAMA2_TEMPLATE
+        tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=True, add_bos_token=True)
+    tokenizer.chat_template = template
     return tokenizer
 
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer(sentencepiece_model: Any) -> Any:
     """What `AutoTokenizer` makes of Llama-2-7b-chat-hf: a `LlamaTokenizer` with legacy=False."""
-    return fast_tokenizer(sentencepiece_model)
+    return helpers.models.llama_tokenizer()
 
 
 @pytest.fixture(scope="session")

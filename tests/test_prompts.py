@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LLAMA2_TEMPLATE, fast_tokenizer
+from conftest import fast_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +33,7 @@ from helpers.prompts import (
     token_ids,
 )
 
+LLAMA2_LIKE_TEMPLATE = "{{ bos_token }}[INST] <<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n{{ messages[1].content }} [/INST]"
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -67,12 +68,12 @@ def assistant(content: str) -> Message:
 
 @pytest.fixture(scope="session", params=["legacy=False", "legacy=True", "tokenizer.json as it is"])
 def any_llama2_tokenizer(request: pytest.FixtureRequest, sentencepiece_model: Any) -> Any:
-    return fast_tokenizer(sentencepiece_model, request.param)
+    return fast_tokenizer(request.param)
 
 
 @pytest.fixture(scope="session")
 def chatml_tokenizer(sentencepiece_model: Any) -> Any:
-    tokenizer = fast_tokenizer(sentencepiece_model)
+    tokenizer = fast_tokenizer("legacy=False")
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "\n\n"], special_tokens=True)
     tokenizer.add_tokens(["<think>"])
     tokenizer.chat_template = CHATML_TEMPLATE
@@ -356,7 +357,7 @@ def test_special_tokens_in_a_message_are_refused_where_they_would_be_read_as_suc
 def test_a_token_is_refused_when_the_tokenizer_uses_it_as_a_special_one(
     sentencepiece_model: Any,
 ) -> None:
-    tokenizer = fast_tokenizer(sentencepiece_model)
+    tokenizer = fast_tokenizer("legacy=False")
     tokenizer.add_tokens(["<turn>"])
     assert token_ids([user("a<turn>")], tokenizer)
     tokenizer.eos_token = "<turn>"
@@ -412,8 +413,8 @@ def test_other_failures_of_a_tokenizer_are_not_blamed_on_the_request(
 @pytest.mark.parametrize(
     ("template", "answer"),
     [
-        (LLAMA2_TEMPLATE, True),
-        ({"default": LLAMA2_TEMPLATE}, True),
+        (LLAMA2_LIKE_TEMPLATE, True),
+        ({"default": LLAMA2_LIKE_TEMPLATE}, True),
         ("{{ bos_token }}[INST] {{ messages[0].content }} [/INST]", False),
         (CHATML_TEMPLATE, False),
         (None, False),
