@@ -23,10 +23,16 @@ _start_method = multiprocessing.get_start_method(allow_none=True)
 _on_interrupt = signal.getsignal(signal.SIGINT)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from google.protobuf.empty_pb2 import Empty  # noqa: F401
+    from grpc import RpcError  # noqa: F401
     from grpc.aio import init_grpc_aio  # noqa: F401
     from jina import Client, Deployment, Executor, requests  # noqa: F401
     from jina.excepts import RuntimeFailToStart  # noqa: F401
-    from jina.proto.jina_pb2_grpc import JinaSingleDocumentRequestRPCStub  # noqa: F401
+    from jina.proto.jina_pb2 import StatusProto  # noqa: F401
+    from jina.proto.jina_pb2_grpc import (  # noqa: F401
+        JinaGatewayDryRunRPCStub,
+        JinaSingleDocumentRequestRPCStub,
+    )
     from jina.serve.networking.utils import get_grpc_channel  # noqa: F401
     from jina.types.request.data import SingleDocumentRequest  # noqa: F401
 warnings.formatwarning = _format

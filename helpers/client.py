@@ -17,8 +17,12 @@ from pydantic import ValidationError
 
 from ._jina import (
     Client,
+    Empty,
+    JinaGatewayDryRunRPCStub,
     JinaSingleDocumentRequestRPCStub,
+    RpcError,
     SingleDocumentRequest,
+    StatusProto,
     get_grpc_channel,
     init_grpc_aio,
 )
@@ -186,6 +190,15 @@ def info(*, host: str = HOST, port: int = PORT) -> ModelDocument:
     for document in _Wire("/info", BaseDoc(), ModelDocument, host, port).documents():
         return document
     raise ServiceUnavailable(f"What answers at {host}:{port} does not tell which model it is.")
+
+
+def is_ready(*, host: str = HOST, port: int = PORT) -> bool:
+    """Whether a service behind Jina's gateway answers there: gateway, executor and all."""
+    try:
+        with get_grpc_channel(f"{host}:{port}") as channel:
+            return JinaGatewayDryRunRPCStub(channel).dry_run(Empty(), timeout=2).code == StatusProto.SUCCESS
+    except RpcError:
+        return False
 
 
 class Conversation:

@@ -1,11 +1,13 @@
-"""Ports and processes of this machine: who holds a port, and when a parent has ended."""
+"""Ports and processes of this machine: who holds a port, when a parent has ended, what is left of a service."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import time
+from pathlib import Path
 
 import psutil
 
@@ -19,6 +21,14 @@ def wait_for_end_of_parent(parent: int) -> None:
     """
     while os.getppid() == parent:
         time.sleep(0.05)
+
+
+def remove_log(log: Path | None) -> None:
+    """Remove the file, and its folder where nothing else is in it."""
+    if log is not None:
+        log.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's files are there, or it is gone
+            log.parent.rmdir()
 
 
 def port_to_listen_on(host: str, port: int) -> int:

@@ -18,15 +18,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import psutil
-from tqdm import tqdm
 
 from . import access, client
 from .client import HOST, PORT
 from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error, to_wire
-from .processes import port_to_listen_on, wait_for_end_of_parent
+from .processes import port_to_listen_on, remove_log, wait_for_end_of_parent
+from .progress import progress
 from .prompts import Message
 from .schemas import ModelDocument
 
@@ -56,21 +56,32 @@ def serve(
     log, where it ends for a reason of its own.
     """
     limits = {"max-live": max_live, "max-waiting": max_waiting, "cache-memory": cache_memory}
-    service = Service(model, precision, host=host, port=port_to_listen_on(host, port), limits=limits)
-    try:
-        service._wait()
-    except BaseException:
-        service.stop()
-        raise
+    port = port_to_listen_on(host, port)
+    words = ["--model", model, "--precision", precision, "--host", host, "--port", str(port)]
+    words += [f"--{name}={value}" for name, value in limits.items() if value is not None]
+    service = Service("helpers", "serve", *words, host=host, port=port)
+    service._wait(lambda: any(line.startswith(_READY) for line in service._lines()) and bool(service.info()))
+    return service
+
+
+def serve_script(script: str | Path, *arguments: str, port: int = PORT) -> "Service":
+    """Run a Python script of your own that deploys an `Executor` on `port`, and wait until it answers.
+
+    For a script as in the article, that ends in ``with Deployment(..., port=12345, protocol="grpc") as dep: dep.block()``.
+    `arguments` are its ``sys.argv[1:]``. It runs as a process of its own, like `serve`, and ends like one.
+
+    Raises `ServiceUnavailable` if the port is taken, or, with the end of its log, where the script ends.
+    """
+    port = port_to_listen_on(HOST, port)
+    service = Service("helpers.script", str(script), *arguments, host=HOST, port=port)
+    service._wait(lambda: client.is_ready(host=HOST, port=port))
     return service
 
 
 class Service:
     """A running service: `host`, `port`, `pid`, and `log`, the file that it writes its log into."""
 
-    def __init__(
-        self, model: str, precision: str, *, host: str, port: int, limits: dict[str, int | None]
-    ) -> None:
+    def __init__(self, *command: str, host: str, port: int) -> None:
         self.host = HOST if host == "0.0.0.0" else host
         self.port = port
         # PYTHONSAFEPATH: the working directory may hold another `helpers`
@@ -80,13 +91,10 @@ class Service:
         if (token := access.find_token()) and token.usable:
             environment["HF_TOKEN"] = token.value  # by environment: arguments are seen by everybody
         self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
-        command = [sys.executable, "-m", "helpers", "serve", "--model", model, "--precision", precision]
-        command += ["--host", host, "--port", str(port)]
-        command += [f"--{name}={value}" for name, value in limits.items() if value is not None]
-        command += ["--parent", str(os.getpid()), "--log", str(self.log)]
+        command = (*command, "--parent", str(os.getpid()), "--log", str(self.log))
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -135,20 +143,21 @@ class Service:
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(alive)
+            psutil.wait_procs(alive, timeout=5)  # no longer: a dead one whose parent is gone may stay for ever
         shutil.rmtree(self.log.parent, ignore_errors=True)
 
-    def _wait(self) -> None:
-        """Return when the service has answered; until then show what its log says last."""
-        with _progress("Starting the service") as show:
-            lines = self._lines()
-            while not any(line.startswith(_READY) for line in lines):
-                if self._process.poll() is not None:
-                    raise self._failure()
-                show(*lines[-1:])
-                time.sleep(0.05)
-                lines = self._lines()
-        self.info()
+    def _wait(self, is_ready: Callable[[], bool]) -> None:
+        """Return once it is ready; until then show what its log says last. Stops it where it does not get so far."""
+        try:
+            with progress("Starting the service") as show:
+                while not is_ready():
+                    if self._process.poll() is not None:
+                        raise self._failure()
+                    show(*self._lines()[-1:])
+                    time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
 
     def _lines(self) -> list[str]:
         """What the service has written, a progress bar's every state as a line."""
@@ -160,30 +169,6 @@ class Service:
             f"The service ended with status {self._process.returncode} before it was ready. "
             "The end of its log:\n" + "\n".join(lines[-20:])
         )
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[..., None]]:
-    """A line that changes while something is under way: in a terminal, in a notebook's cell, nowhere else.
-
-    A notebook keeps the title alone, so that its stored output does not depend on the time it took.
-    """
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and shell.has_trait("kernel"):
-        from IPython.display import Pretty, display
-
-        shown, handle = title, display(Pretty(title), display_id=True)
-
-        def show(*doing: str) -> None:
-            nonlocal shown
-            if shown != (shown := ": ".join([title, *doing])):
-                handle.update(Pretty(shown))
-
-        yield show
-        show()
-    else:
-        with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=None) as bar:
-            yield lambda *doing: bar.set_description_str(": ".join([title, *doing])[:100])
 
 
 def run(
@@ -215,7 +200,7 @@ def run(
 
     def end_with_parent() -> None:
         wait_for_end_of_parent(parent)
-        _remove(log)
+        remove_log(log)
         end()
 
     def end_with_executor() -> None:
@@ -262,16 +247,9 @@ def run(
             ready.set()
             print(f"{_READY} on {host}:{port}. Ctrl-C stops the service.", flush=True)
             deployment.block(stop_event=stop)
-        _remove(log)
+        remove_log(log)
     except RuntimeFailToStart:
         port_to_listen_on(host, port)  # has somebody else been quicker?
         raise SystemExit(
             "The service did not start. If nothing above says why, JINA_LOG_LEVEL=ERROR lets Jina tell."
         ) from None
-
-
-def _remove(log: Path | None) -> None:
-    if log is not None:
-        log.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else's files are there, or it is gone
-            log.parent.rmdir()

@@ -22,6 +22,7 @@ import pytest
 from conftest import TESTS, wire
 
 import helpers
+import helpers.service
 from helpers import prompts
 from helpers.client import Answer
 from helpers.errors import GenerationFailed, InvalidRequest, ModelUnavailable, ServiceBusy, ServiceUnavailable
@@ -461,6 +462,86 @@ def test_a_service_that_is_stopped_in_the_middle_says_so(tiny_folder: Path) -> N
         for _ in answer:
             service.stop()
     assert answer.completion_tokens < 450
+
+
+COUNTING = """
+import sys
+
+from docarray import BaseDoc
+from jina import Deployment, Executor, requests
+
+
+class Number(BaseDoc):
+    n: int
+
+
+class Counting(Executor):
+    @requests(on="/count")
+    async def count(self, doc: Number, **kwargs) -> Number:
+        for n in range(doc.n):
+            yield Number(n=n)
+
+
+if __name__ == "__main__":
+    with Deployment(uses=Counting, port=int(sys.argv[1]), protocol="grpc") as dep:
+        dep.block()
+"""
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> tuple[str, int]:
+    """A script with an `Executor` as one writes it after the article, and a port for it."""
+    file = tmp_path / "counting.py"
+    file.write_text(COUNTING)
+    return str(file), port_to_listen_on("127.0.0.1", 0)
+
+
+def test_a_script_of_ones_own_is_served_and_leaves_nothing(counting: tuple[str, int]) -> None:
+    from docarray import BaseDoc
+
+    from helpers._jina import Client
+
+    class Number(BaseDoc):
+        n: int
+
+    async def count() -> list[int]:
+        client = Client(port=port, protocol="grpc", asyncio=True)
+        return [doc.n async for doc in client.stream_doc(on="/count", inputs=Number(n=3), return_type=Number)]
+
+    script, port = counting
+    assert not helpers.client.is_ready(port=port)
+    service = helpers.service.serve_script(script, str(port), port=port)
+    family = psutil.Process(service.pid).children(recursive=True)
+    assert len(family) >= 2  # Jina's gateway, and the executor
+    assert asyncio.run(count()) == [0, 1, 2]
+    service.stop()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert is_free(port) and not helpers.client.is_ready(port=port)
+    assert not service.log.parent.exists()
+
+
+def test_a_script_that_ends_says_why(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    with pytest.raises(ServiceUnavailable, match="before it was ready(.|\n)*No module named 'no_such_package'"):
+        helpers.service.serve_script(tmp_path / "broken.py", port=port_to_listen_on("127.0.0.1", 0))
+
+
+def test_a_killed_parent_takes_its_script_along(script: Any, counting: tuple[str, int]) -> None:
+    file, port = counting
+    parent = script(
+        "-c",
+        "import signal, sys\n"
+        "from helpers.service import serve_script\n"
+        f"service = serve_script({file!r}, '{port}', port={port})\n"
+        "print('LOG', service.log, flush=True)\n"
+        "signal.pause()",
+    )
+    log = parent.wait_for("LOG").split()[1]
+    family = psutil.Process(parent.process.pid).children(recursive=True)
+    parent.process.kill()
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "all of them end")
+    assert is_free(port)
+    assert not Path(log).parent.exists()
 
 
 def test_a_killed_parent_takes_its_service_along(script: Any, tiny_folder: Path) -> None:
