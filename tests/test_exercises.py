@@ -1,0 +1,161 @@
+"""`helpers.exercises`: one line for each answer, and a hint that gives nothing away."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import exercises
+from helpers.errors import InvalidRequest
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+
+def remembers(messages: list[dict[str, str]], answer: str, question: str) -> list[dict[str, str]]:
+    said = {"role": "assistant", "content": answer}
+    return [*messages, said, {"role": "user", "content": question}]
+
+
+def forgets_the_answer(messages: list[dict[str, str]], answer: str, question: str) -> list[dict[str, str]]:
+    return [*messages, {"role": "user", "content": question}]
+
+
+def changes_its_input(messages: list[dict[str, str]], answer: str, question: str) -> list[dict[str, str]]:
+    messages += remembers([], answer, question)
+    return messages
+
+
+def text_of(documents: list[Any]) -> str:
+    if not documents or documents[-1].finish_reason not in ("stop", "length"):
+        raise RuntimeError("the stream broke off")
+    return joins_whatever_comes(documents)
+
+
+def joins_whatever_comes(documents: list[Any]) -> str:
+    return "".join(document.generated_text for document in documents)
+
+
+def refuses_everything(documents: list[Any]) -> str:
+    raise RuntimeError("no")
+
+
+RIGHT: dict[str, list[Any]] = {
+    "1.1": [13_015_864_320 * 2 / 1e9, 26],
+    "1.2": ["int8", " INT8 "],
+    "1.3": [819_200],
+    "1.4": ["b", "B"],
+    "2.1": [5],
+    "2.2": [remembers],
+    "2.3": [12],
+    "2.4": ["b"],
+    "3.1": [6225, 50 * 100 + 50 * 49 / 2],
+    "3.2": [149],
+    "3.3": [text_of],
+    "3.4": [4.5, 0.5 + 40 * 0.1],
+}
+WRONG: dict[str, list[Any]] = {
+    "1.1": [13.0, 52.1, 26e9, "26 GB", None, True],
+    "1.2": ["bf16", "nf4", "fp32", "int 8", 8],
+    "1.3": [819_200 / 2, 819_199, 524_288, "819200"],
+    "1.4": ["a", "c", "delete the cell", 2],
+    "2.1": [1, 6, 9, "5"],
+    "2.2": [forgets_the_answer, changes_its_input, None],
+    "2.3": [11, 13, 12.2, "12"],
+    "2.4": ["a", "c", 1],
+    "3.1": [5000, 149, 6224, "6225"],
+    "3.2": [150, 100, 6225],
+    "3.3": [joins_whatever_comes, refuses_everything, lambda documents: 1 / 0],
+    "3.4": [4.0, 4.6, "4.5 s"],
+}
+
+
+def said(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    exercises.check(number, answer)
+    line, end, rest = capsys.readouterr().out.partition("\n")
+    assert (end, rest) == ("\n", ""), "not one line"
+    return line
+
+
+def cases(answers: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(number, answer) for number, several in answers.items() for answer in several]
+
+
+def test_each_exercise_is_tried_with_right_and_wrong_answers() -> None:
+    assert list(RIGHT) == list(WRONG) == list(exercises.EXERCISES)
+
+
+@pytest.mark.parametrize(("number", "answer"), cases(RIGHT))
+def test_a_right_answer_is_told_why(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(rf"{number}: right\. \w.+\.", said(number, answer, capsys))
+
+
+@pytest.mark.parametrize(("number", "answer"), cases(WRONG))
+def test_a_wrong_answer_gets_a_hint(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    hint = re.escape(exercises.EXERCISES[number].hint)
+    assert re.fullmatch(rf"{number}: not yet\.( It raised \w+: .+\.)? Hint: {hint}", said(number, answer, capsys))
+
+
+@pytest.mark.parametrize("number", exercises.EXERCISES)
+def test_no_answer_yet(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(number, ..., capsys) == f"{number}: no answer yet. Replace the ... above."
+
+
+@pytest.mark.parametrize(("number", "answer"), [case for case in cases(RIGHT) if not callable(case[1])])
+def test_the_hint_does_not_hold_the_answer(number: str, answer: Any) -> None:
+    hint = exercises.EXERCISES[number].hint
+    assert not re.search(rf"\b{re.escape(str(answer).strip())}\b", hint, re.IGNORECASE)
+
+
+def test_an_answer_that_fails_is_wrong_and_says_how(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asks_for_a_function = exercises.Exercise(lambda answer: answer(2) == 4, "It is.", "Try it with 2.")
+    monkeypatch.setitem(exercises.EXERCISES, "9.9", asks_for_a_function)
+    line = said("9.9", lambda n: n["a\nb"], capsys)
+    assert re.fullmatch(r"9\.9: not yet\. It raised TypeError: .+\. Hint: Try it with 2\.", line)
+    assert said("9.9", lambda n: n * 2, capsys) == "9.9: right. It is."
+
+
+def test_an_exercise_that_is_not_there() -> None:
+    with pytest.raises(InvalidRequest, match=r"no exercise '7\.7'.*1\.1, 1\.2"):
+        exercises.check("7.7", 1)
+
+
+# --- In the notebooks -----------------------------------------------------------------------------
+
+
+def checks(notebook: Path) -> dict[str, str]:
+    """Exercise → what its cell has printed, in the notebook's order."""
+    found: dict[str, str] = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        for number in re.findall(r'exercises\.check\("([\d.]+)"', "".join(cell["source"])):
+            assert number not in found, f"{number} is there twice"
+            found[number] = "".join(text for output in cell["outputs"] for text in output["text"])
+    return found
+
+
+def lessons() -> list[Path]:
+    return [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if checks(path)]
+
+
+def test_every_exercise_is_in_its_lesson() -> None:
+    for lesson in lessons():
+        own = [number for number in exercises.EXERCISES if number.split(".")[0] == str(int(lesson.name[:2]))]
+        assert list(checks(lesson)) == own
+        assert len(own) >= 3
+    assert sorted(number for lesson in lessons() for number in checks(lesson)) == sorted(exercises.EXERCISES)
+
+
+@pytest.mark.parametrize("lesson", lessons(), ids=lambda path: path.stem)
+def test_the_lesson_leaves_them_open_and_the_solutions_solve_them(lesson: Path) -> None:
+    for number, printed in checks(lesson).items():
+        assert printed.startswith(f"{number}: no answer yet.")
+    solved = checks(NOTEBOOKS / "solutions" / lesson.name)
+    assert list(solved) == list(checks(lesson))
+    for number, printed in solved.items():
+        assert printed.startswith(f"{number}: right.")
