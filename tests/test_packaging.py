@@ -33,32 +33,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 DECLARED = {"": PROJECT["dependencies"], **EXTRAS}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
-# What Colab's runtime has (Colab, Python 3.13, 2026-08). Our ranges must leave it alone.
-COLAB = {
-    "accelerate": "1.14.0",
-    "filelock": "3.32.3",
-    "grpcio": "1.83.0",
-    "huggingface_hub": "1.27.0",
-    "ipykernel": "6.17.1",
-    "ipywidgets": "7.7.1",
-    "nbclient": "0.10.4",
-    "nbconvert": "7.17.1",
-    "nbformat": "5.11.1",
-    "numpy": "2.1.3",
-    "packaging": "26.3",
-    "protobuf": "5.29.6",
-    "psutil": "5.9.5",
-    "pydantic": "2.13.4",
-    "pytest": "8.4.2",
-    "pyyaml": "6.0.3",
-    "safetensors": "0.8.0",
-    "sentencepiece": "0.2.2",
-    "setuptools": "75.2.0",
-    "tokenizers": "0.22.2",
-    "torch": "2.11.0+cu128",
-    "tqdm": "4.67.3",
-    "transformers": "5.15.0",
-}
+REPOSITORY = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 
 
 def machine(python: str, system: str = "linux") -> dict[str, str]:
@@ -111,14 +86,26 @@ def test_the_pythons_are_those_that_are_supported() -> None:
     assert minors == list(PYTHONS)
 
 
-def test_colab_keeps_what_it_has() -> None:
-    ranges = {canonicalize_name(r.name): r for r in map(Requirement, sum(DECLARED.values(), []))}
-    refused = [
-        f"{ranges[canonicalize_name(name)]}, and Colab has {version}"
-        for name, version in COLAB.items()
-        if not ranges[canonicalize_name(name)].specifier.contains(version)
-    ]
-    assert not refused
+def test_colab_keeps_what_it_has_and_gets_what_the_notebooks_need() -> None:
+    freeze = (ROOT / "colab" / "freeze-py313.txt").read_text()
+    pinned = re.findall(r"^(\S+)==(\S+)", freeze, re.MULTILINE)
+    has = {canonicalize_name(name): version for name, version in pinned}
+    compared, refused = 0, []
+    for requirement in map(Requirement, sum(DECLARED.values(), [])):
+        if version := has.get(canonicalize_name(requirement.name)):
+            compared += 1
+            if not requirement.specifier.contains(version):
+                refused.append(f"{requirement}, and Colab has {version}")
+    assert compared > 20 and not refused
+
+    lacking = {canonicalize_name(Requirement(line).name) for line in EXTRAS["lab"]} - has.keys()
+    install = (ROOT / "colab" / "install.py").read_text()
+    missing = {name for name in lacking - {"jupyterlab"} if f'"{name}"' not in install}
+    assert "[model]" in install and not missing
+
+
+def test_colab_can_run_the_scripts_that_install_what_it_lacks() -> None:
+    assert not imported("colab")
 
 
 def test_conda_installs_the_same() -> None:
@@ -373,6 +360,41 @@ def test_a_failed_download_says_why_and_harms_nothing(tree: Path) -> None:
     )  # pip's own words, which differ between its versions
     assert not (tree / ".venv/.torch").exists() and not (tree / ".venv/.unfinished").exists()
     assert make(tree, ".venv/.python").returncode == 0 and (tree / ".venv/theirs").exists()
+
+
+def addresses(tree: Path) -> set[str]:
+    """The owner/name that the tree's Colab badges and its `git clone` commands point to."""
+    pages = [*tree.glob("*.md"), *tree.rglob("notebooks/**/*.md"), *tree.rglob("notebooks/**/*.ipynb")]
+    copies = r"(?:colab\.research\.google\.com/github|git clone [^\n]*?https://github\.com)/([\w.-]+/[\w.-]+)"
+    return {address for page in pages for address in re.findall(copies, page.read_text())}
+
+
+def test_every_copy_of_the_repositorys_address_is_the_declared_one() -> None:
+    assert addresses(ROOT) == {REPOSITORY}
+
+
+def test_make_links_stamps_the_address_everywhere_and_changes_nothing_else(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    copy = tmp_path / "a clone"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__"))
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    original = contents()
+    for wrong in ("", "owner", "owner/name/more", "https://github.com/owner/name", 'a"b/c'):
+        refused = make(copy, "links", f"REPO={wrong}", f"PYTHON={BASE_PYTHON}")
+        assert refused.returncode != 0 and f"not '{wrong}'. Say: make links REPO=owner/name" in refused.stderr
+    assert contents() == original
+
+    stamped = make(copy, "links", "REPO=some-one/a.tutorial", f"PYTHON={BASE_PYTHON}")
+    assert stamped.returncode == 0 and "pyproject.toml: 1\n" in stamped.stdout, stamped.stderr
+    assert addresses(copy) == {"some-one/a.tutorial"}
+    assert not [path for path, content in contents().items() if REPOSITORY.encode() in content]
+
+    make(copy, "links", f"REPO={REPOSITORY}", f"PYTHON={BASE_PYTHON}")
+    assert contents() == original
 
 
 def test_help_lists_every_target_and_test_installs_every_extra(tree: Path) -> None:
