@@ -67,7 +67,7 @@ def _remembers(extend: Any) -> bool:
     so_far = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     given = copy.deepcopy(so_far)
     asked = [{"role": "assistant", "content": "Good day."}, {"role": "user", "content": "And you?"}]
-    return extend(given, "Good day.", "And you?") == [*so_far, *asked] and given == so_far
+    return bool(extend(given, "Good day.", "And you?") == [*so_far, *asked]) and given == so_far
 
 
 def _reads_streams(text_of: Any) -> bool:
@@ -83,7 +83,7 @@ def _reads_streams(text_of: Any) -> bool:
         except RuntimeError:
             continue
         return False
-    return text_of([*pieces, end]) == "A bc"
+    return bool(text_of([*pieces, end]) == "A bc")
 
 
 EXERCISES: dict[str, Exercise] = {

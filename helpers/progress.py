@@ -26,7 +26,7 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[..., N
 
     ``with progress("Measuring", total=100) as show:`` and then ``show("with a cache", done=3)``: what is being
     done now, and how much of `total`, in whatever unit that counts, has been done. Either may be left out.
-    `show` only takes note, and costs nothing worth mentioning. Without a `total` there is no bar to fill.
+    `show` only takes note, so it may be called as often as you like.
     """
     options = {
         "desc": title,
@@ -92,8 +92,14 @@ def _in_notebook(title: str, options: dict[str, Any]) -> Iterator[tuple[Any, Cal
         view = {"model_id": box.model_id, "version_major": 2, "version_minor": 0}
         bundle = {"text/plain": title, "application/vnd.jupyter.widget-view+json": view}
         shown = display(bundle, raw=True, display_id=True)
+
+        def draw() -> None:
+            if bar.total is None:
+                bar.n = (bar.n + 0.2) % 1.2  # tqdm's little square, which fills again and again
+            bar.refresh()
+
         try:
-            yield bar, bar.refresh
+            yield bar, draw
         finally:
             shown.update(Pretty(title))
             for widget in (box, *box.children):

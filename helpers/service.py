@@ -225,7 +225,7 @@ def run(
 
     try:
         from .executor import TokenStreamingExecutor
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ModelUnavailable(
             f"A service needs more than a client does, and {error.name} is not installed. "
             f"Install it: {access.INSTALL}"
