@@ -29,7 +29,7 @@ from helpers.errors import InvalidRequest, ServiceBusy
 SUBJECTS = ("tea", "rivers", "clocks", "bees", "maps", "salt", "ice", "paper", "wolves", "bread", "glass", "wind")
 QUESTIONS = [f"Tell me about {subject} in some detail." for subject in SUBJECTS]
 LONG = " ".join(f"Item {n} of the list is {SUBJECTS[n % len(SUBJECTS)]}." for n in range(60))
-LENGTHS = (8, 40, 120)
+LENGTHS = (8, 30, 80)
 
 
 class State(NamedTuple):

@@ -138,7 +138,7 @@ class Tokens:
         return f'<div style="line-height: 1.3">{"".join(map(self._span, range(len(self.ids))))}</div>'
 
     def _span(self, n: int) -> str:
-        frame = BLACK if self.ids[n] in self._special else "transparent"
+        frame = VERMILLION if self.ids[n] in self._special else "transparent"
         style = (
             f"display: inline-block; margin: 1px; padding: 1px 4px; border: 2px solid {frame}; border-radius: 3px; "
             f"color: {BLACK}; background: {_TINTS[n % len(_TINTS)]}; font-family: monospace; text-align: center"

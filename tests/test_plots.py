@@ -128,7 +128,7 @@ def test_tokens_show_each_piece_with_its_id(llama2_tokenizer: Any) -> None:
     assert [int(n) for n in re.findall(r"<small>(\d+)</small>", html)] == ids
     assert "&lt;0xF0&gt;" in html and "▁&amp;" in html
     spans = html.split("<span ")[1:]
-    framed = ["solid #000000" in span for span in spans]
+    framed = [f"solid {plots.VERMILLION}" in span for span in spans]
     assert framed == [True] + [False] * (len(ids) - 1)  # the special token alone
     assert all(a.split("background")[1][:9] != b.split("background")[1][:9] for a, b in zip(spans, spans[1:]))
     assert repr(row).startswith(f"<s>·1 ▁<·{ids[1]}")

@@ -71,7 +71,7 @@ def test_a_notebook_shows_that_it_is_alive_and_stores_the_title_alone(tmp_path: 
         assert '"max": 4.0' in client.shown and '"value": 3.0' in client.shown
         assert '"method": "update", "state": {"value": 3.0}' in client.shown
     else:
-        assert re.search(r"Measuring: with a cache \|█+[^|]*\| 75 % \(00:01\)", client.shown)
+        assert re.search(r"Measuring: with a cache \|█+[^|]*\| 75 % \(00:0[1-9]\)", client.shown)
 
     *_, measure, fail = notebook.cells
     (measured,) = measure.outputs
