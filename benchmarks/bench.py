@@ -251,7 +251,7 @@ def main() -> None:
     rounds = options.rounds or (1 if quick else 5)
     tokens, long, longest = (16, 32, 100) if quick else (64, 256, 1000)
 
-    folder = str(models.embedded_folder()) if options.model == access.EMBEDDED else options.model
+    folder = models.source_of(options.model)
     loading = (folder, options.precision)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so nobody is left running
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Iterator, Sequence
 
 from . import access, prompts
 from .errors import HelpersError, InvalidRequest, to_wire
@@ -17,6 +17,7 @@ _EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status, 1 after a failure that was told in a sentence on stderr."""
     options = _parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what the terminal's encoding has not
     try:
         return options.command(options)
     except HelpersError as error:
@@ -42,6 +43,7 @@ def ask(options: argparse.Namespace) -> int:
     if options.question == prompts.QUESTION:
         print(f"The article's question: {prompts.QUESTION}", file=sys.stderr)
     with _service(options) as port:
+        from .chat import show
         from .client import stream
 
         answer = stream(
@@ -51,50 +53,30 @@ def ask(options: argparse.Namespace) -> int:
             temperature=options.temperature,
             port=port,
         )
-        _show(answer)
-        _note(answer)
+        show(answer)
     return 0
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Talk, turn by turn, until an empty line or the end of the input. /undo forgets the last turn."""
-    with contextlib.suppress(ImportError):  # not everywhere; where it is, `input` has line editing
-        import readline  # noqa: F401
+    """Talk, turn by turn, until Ctrl-D or /exit; /help lists the commands.
 
+    Without a terminal each line of the input is a question or a command, and the status is 1 if any of them failed.
+    """
     with _service(options) as port:
-        from .client import Conversation, info
+        from .chat import converse
+        from .client import Conversation
 
-        talk = Conversation(
-            options.system,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            port=port,
+        return converse(
+            Conversation(options.system, max_tokens=options.max_tokens, temperature=options.temperature, port=port)
         )
-        print(
-            f"This is {info(port=port).model}. An empty line ends the chat, Ctrl-C stops an answer, "
-            "/undo forgets the last turn.",
-            file=sys.stderr,
-        )
-        while question := _read_question():
-            if question == "/undo":
-                print("(forgotten)" if talk.undo() else "(there is nothing to forget)", file=sys.stderr)
-                continue
-            try:
-                _show(talk.stream(question))
-            except HelpersError as error:
-                print(f"\n{to_wire(error)}", file=sys.stderr)
-            except KeyboardInterrupt:
-                print("\n(stopped: this question and its answer are forgotten)", file=sys.stderr)
-            else:
-                _note(talk.answer)
-    return 0
 
 
 def serve(options: argparse.Namespace) -> int:
     """Be a service, in the foreground."""
     from .service import run
 
-    limits = {name: getattr(options, name) for name in ("max_live", "max_waiting", "cache_memory")}
+    names = ("context_length", "max_live", "max_waiting", "cache_memory")
+    limits = {name: getattr(options, name) for name in names}
     run(
         options.model,
         options.precision,
@@ -127,30 +109,18 @@ def _own_service(options: argparse.Namespace) -> Iterator[int]:
         yield service.port
 
 
-def _read_question() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+def max_tokens(text: str) -> int:
+    """An option's value; the service would refuse a wrong one too, but takes its time to start."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"max_tokens is {number}; ask for at least 1 token.")
+    return number
 
 
-def _show(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
-
-
-def _note(answer) -> None:
-    """What a reader wants to know about an answer, on stderr, so that a pipe gets the answer alone."""
-    rate = f", {answer.tokens_per_second:.1f} tokens/s" if answer.tokens_per_second else ""
-    cut = "; cut off at --max-tokens" if answer.finish_reason == "length" else ""
-    first = f", first after {answer.time_to_first_token:.2f} s" if answer.completion_tokens else ""
-    print(f"({answer.completion_tokens} tokens{first}{rate}{cut})", file=sys.stderr)
-    if answer.dropped_turns:
-        print(
-            f"(the oldest {answer.dropped_turns} turns no longer fit the model's window and were left out)",
-            file=sys.stderr,
-        )
+def temperature(text: str) -> float:
+    """An option's value, as `max_tokens`."""
+    if not 0 <= (number := float(text)) <= 2:
+        raise argparse.ArgumentTypeError(f"temperature is {number}; it goes from 0 (always the likeliest token) to 2.")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--precision", default="auto", help=" or ".join(["auto", *access.PRECISIONS]))
 
     asking = argparse.ArgumentParser(add_help=False, parents=[model])
-    asking.add_argument("--max-tokens", type=int, default=256, help="at most so many tokens (default: 256)")
-    asking.add_argument("--temperature", type=float, default=0.0, help="0 is always the likeliest token")
+    asking.add_argument("--max-tokens", type=max_tokens, default=256, help="at most so many tokens (default: 256)")
+    asking.add_argument("--temperature", type=temperature, default=0.0, help="0 is always the likeliest token")
     asking.add_argument("--port", type=int, help="of a running service (default: start one)")
 
     def add(command, *, parents: list, help: str) -> argparse.ArgumentParser:
@@ -183,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     service = add(serve, parents=[model], help="start a service")
     service.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is every network")
     service.add_argument("--port", type=int, default=12345, help="0 takes a free one (default: 12345)")
+    service.add_argument("--context-length", type=int, help="less of the model's window, in tokens (default: all)")
     service.add_argument("--max-live", type=int, help="readers who are answered at once (default: 32)")
     service.add_argument("--max-waiting", type=int, help="readers who may stand in line for that (default: 64)")
     service.add_argument("--cache-memory", type=int, help="bytes for keys and values (default: by the free memory)")

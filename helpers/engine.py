@@ -143,7 +143,7 @@ class Engine:
         max_waiting: int = MAX_WAITING,
         cache_memory: int | None = None,
     ) -> None:
-        check_limits(max_live, max_waiting)
+        check_limits(max_live, max_waiting, context_length)
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_live, self.max_waiting = max_live, max_waiting
@@ -359,6 +359,7 @@ class Engine:
                     try:
                         self._continue(generation, generation.sample(row) if generation.sample else token_id)
                     except Exception as error:
+                        log.error("the choice of a token failed", exc_info=error)
                         self._fail(generation, error)
             return
         freed = self._kept.shrink(0)  # it may have been the memory
@@ -397,12 +398,16 @@ _AGAIN = (
 )
 
 
-def check_limits(max_live: int, max_waiting: int) -> None:
+def check_limits(max_live: int, max_waiting: int, context_length: int | None = None) -> None:
     """Raise `InvalidRequest` for limits under which nobody could be answered."""
     if max_live < 1 or max_waiting < 0:
         raise InvalidRequest(
             f"max_live is {max_live} and max_waiting {max_waiting}: at least 1 is to be answered at once, "
             "and at least 0 may wait."
+        )
+    if context_length is not None and context_length < 2:
+        raise InvalidRequest(
+            f"context_length is {context_length}: at least one token of a prompt and one of its answer are to fit."
         )
 
 

@@ -1,9 +1,9 @@
 """The engine behind Jina endpoints: a request in, one document per token out.
 
-`TokenStreamingExecutor` and its ``/stream`` are the article's; ``/chat`` takes messages, and ``/info``
-tells which model is behind. No endpoint ever raises because of a request. Behind Jina's gateway, an
-exception in a generator is swallowed and the request run again, up to four times; so a failure
-travels in the last document of the stream, and nothing is generated twice.
+`TokenStreamingExecutor` and its ``/stream`` are the article's; ``/chat`` takes messages, ``/count`` tells how
+long they are for the model, and ``/info`` which model is behind. No endpoint ever raises because of a request.
+Behind Jina's gateway, an exception in a generator is swallowed and the request run again, up to four times;
+so a failure travels in the last document of the stream, and nothing is generated twice.
 
 No ``from __future__ import annotations`` here: Jina needs the endpoints' annotations to be classes.
 """
@@ -26,6 +26,7 @@ from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
 from .processes import wait_for_end_of_parent
 from .schemas import (
     ChatDocument,
+    CountDocument,
     ModelDocument,
     ModelOutputDocument,
     PromptDocument,
@@ -63,7 +64,8 @@ class TokenStreamingExecutor(Executor):
     """A chat model that streams its answers.
 
     `model` and `precision` are those of `helpers.models.load`, which runs while the executor starts;
-    `max_live`, `max_waiting` and `cache_memory` (bytes) those of `helpers.engine.Engine`.
+    `max_live`, `max_waiting` and `cache_memory` (bytes) those of `helpers.engine.Engine`, and `context_length`
+    too: by default it is the model's own window, and it cannot be longer.
     With `parent`, the id of the process that starts this one, it ends when that does, however that ends.
     """
 
@@ -72,6 +74,7 @@ class TokenStreamingExecutor(Executor):
         model: str = "auto",
         precision: str = "auto",
         parent: Optional[int] = None,
+        context_length: Optional[int] = None,
         max_live: int = MAX_LIVE,
         max_waiting: int = MAX_WAITING,
         cache_memory: Optional[int] = None,
@@ -85,12 +88,12 @@ class TokenStreamingExecutor(Executor):
             threading.Thread(target=_die_with, args=(parent,), name="die-with-parent", daemon=True).start()
         self._tokenizing = 0
         try:
-            check_limits(max_live, max_waiting)
+            check_limits(max_live, max_waiting, context_length)
             self.chat_model = models.load(model, precision)
             self.engine = Engine(
                 self.chat_model.model,
                 eos_token_ids=self.chat_model.eos_token_ids,
-                context_length=self.chat_model.context_length,
+                context_length=min(filter(None, (self.chat_model.context_length, context_length))),
                 max_live=max_live,
                 max_waiting=max_waiting,
                 cache_memory=cache_memory,
@@ -126,23 +129,47 @@ class TokenStreamingExecutor(Executor):
             waiting=self.engine.waiting,
         )
 
+    @requests(on="/count")
+    async def count(self, doc: ChatRequest, **kwargs: Any) -> CountDocument:
+        """Tell how many tokens of the model's window a dialog takes."""
+        counted = CountDocument(prompt_tokens=0, context_length=self.engine.context_length)
+        try:
+            if doc.refusal:
+                raise InvalidRequest(doc.refusal)
+            counted.prompt_tokens = await self._tokenized(doc, self._count)
+        except Exception as error:
+            counted.error = to_wire(error)
+        yield counted
+
     @requests
     async def unknown(self, doc: BaseDoc, **kwargs: Any) -> ModelOutputDocument:
         """Any other endpoint."""
-        yield _failed(InvalidRequest("This service has no such endpoint: use /stream, /chat or /info."))
+        yield _failed(InvalidRequest("This service has no such endpoint: use /stream, /chat, /count or /info."))
 
     def close(self) -> None:
         if hasattr(self, "engine"):
             self.engine.close()
         super().close()
 
+    async def _tokenized(self, doc: Any, work: Callable[[Any], Any]) -> Any:
+        """What `work` makes of a request, in a thread: it may take long, and the event loop belongs to all."""
+        self.engine.check_place(self._tokenizing)
+        self._tokenizing += 1
+        try:
+            return await asyncio.to_thread(work, doc)
+        finally:
+            self._tokenizing -= 1
+
+    def _count(self, doc: ChatRequest) -> int:
+        self._check_lengths(doc)
+        return prompts.count_tokens(doc.messages, self.chat_model.tokenizer)
+
     def _prompt_ids(self, doc: PromptRequest) -> Tuple[List[int], int]:
         self._check_length(len(doc.prompt))
         return prompts.token_ids(doc.prompt, self.chat_model.tokenizer), 0
 
     def _dialog_ids(self, doc: ChatRequest) -> Tuple[List[int], int]:
-        for message in doc.messages[:1] + doc.messages[-1:]:  # those that are never left out
-            self._check_length(len(message.get("content", "")))
+        self._check_lengths(doc)
         fitted = prompts.fit_to_window(
             doc.messages,
             self.chat_model.tokenizer,
@@ -150,6 +177,10 @@ class TokenStreamingExecutor(Executor):
             max_tokens=doc.max_tokens,
         )
         return fitted.token_ids, fitted.dropped_turns
+
+    def _check_lengths(self, doc: ChatRequest) -> None:
+        for message in doc.messages[:1] + doc.messages[-1:]:  # those that are never left out
+            self._check_length(len(message.get("content", "")))
 
     def _check_length(self, characters: int) -> None:
         """Refuse, before it is tokenised, what cannot fit even if it were all of the longest token."""
@@ -167,12 +198,7 @@ class TokenStreamingExecutor(Executor):
         try:
             if doc.refusal:
                 raise InvalidRequest(doc.refusal)
-            self.engine.check_place(self._tokenizing)
-            self._tokenizing += 1
-            try:  # it may take long, and the event loop belongs to all readers
-                prompt_ids, dropped_turns = await asyncio.to_thread(ids_of, doc)
-            finally:
-                self._tokenizing -= 1
+            prompt_ids, dropped_turns = await self._tokenized(doc, ids_of)
             generation = self.engine.submit(
                 prompt_ids,
                 max_tokens=doc.max_tokens,
@@ -182,9 +208,11 @@ class TokenStreamingExecutor(Executor):
             )
             text = Detokenizer(self.chat_model.tokenizer, stop=doc.stop)
             sent = 0
+            read = {"prompt_tokens": len(prompt_ids), "dropped_turns": dropped_turns}
             async for token_id in generation:
+                first = {} if sent else read  # for those who leave before the last
                 sent += 1
-                yield ModelOutputDocument(token_id=token_id, generated_text=text.push(token_id))
+                yield ModelOutputDocument(token_id=token_id, generated_text=text.push(token_id), **first)
                 if text.stopped:
                     break
             if generation.finish_reason == "cancelled":
@@ -195,9 +223,8 @@ class TokenStreamingExecutor(Executor):
                 token_id=-1,
                 generated_text=text.finish(),
                 finish_reason="stop" if text.stopped else generation.finish_reason,
-                prompt_tokens=len(prompt_ids),
                 completion_tokens=sent,
-                dropped_turns=dropped_turns,
+                **read,
             )
         except Exception as error:
             if not isinstance(error, HelpersError):

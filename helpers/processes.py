@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,15 @@ def wait_for_end_of_parent(parent: int) -> None:
     """
     while os.getppid() == parent:
         time.sleep(0.05)
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill them, and wait until they have ended: five seconds, because a dead one whose parent has gone too may
+    stay for ever where nobody collects it, as in a container."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
 
 
 def remove_log(log: Path | None) -> None:

@@ -66,22 +66,37 @@ def check_dialog(messages: object, *, special_tokens: Iterable[str] = ()) -> lis
     """The dialog as a new list of plain messages, or `InvalidRequest` with what to mend.
 
     A dialog is an optional system message, then user and assistant in turn, the last one from the
-    user (Meta's rule). No message may hold one of the four tags (Meta's rule too; here it holds for
-    every model) or one of `special_tokens`. Stricter than Meta: a user message must say something,
+    user (Meta's rule). No system or user message may hold one of the four tags (Meta's rule too; here it
+    holds for every model) or one of `special_tokens`. Meta's rule is the same for the assistant's, so that
+    a model that once wrote a tag could not be asked again; here it is written with a blank after its
+    first character, which makes it ordinary text. Stricter than Meta: a user message must say something,
     because a model answers an empty one with whatever comes to its mind. Keys of a message other
     than ``role`` and ``content`` are left out of the result.
+    """
+    forbidden = (*SPECIAL_TAGS, *special_tokens)
+    checked = [_check_words(m, n, forbidden) for n, m in enumerate(check_history(messages), start=1)]
+    if not checked:
+        raise InvalidRequest("The dialog is empty: send at least one user message.")
+    if checked[-1]["role"] != "user":
+        raise InvalidRequest(
+            f"Message {len(checked)} ({checked[-1]['role']}) is the last one, so there is nothing "
+            "to answer: end the dialog with a user message."
+        )
+    return checked
+
+
+def check_history(messages: object) -> list[Message]:
+    """What was said so far as a new list of plain messages: a dialog, perhaps without its last question.
+
+    Whatever its words are; and it may be empty. Raises `InvalidRequest` with what to mend.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise InvalidRequest(
             f"A dialog is a list of messages, and this is a {type(messages).__name__}: "
             "send [{'role': 'user', 'content': 'your question'}]."
         )
-    if not messages:
-        raise InvalidRequest("The dialog is empty: send at least one user message.")
-    forbidden = (*SPECIAL_TAGS, *special_tokens)
-    checked = [_check_message(m, n, forbidden) for n, m in enumerate(messages, start=1)]
-
-    first_user = int(checked[0]["role"] == "system")
+    checked = [_check_message(m, n) for n, m in enumerate(messages, start=1)]
+    first_user = int(bool(checked) and checked[0]["role"] == "system")
     for number, message in enumerate(checked[first_user:], start=first_user + 1):
         expected = ("user", "assistant")[(number - 1 - first_user) % 2]
         if message["role"] == "system":
@@ -95,15 +110,10 @@ def check_dialog(messages: object, *, special_tokens: Iterable[str] = ()) -> lis
                 f"alternate, the user begins, and here the {expected} should speak. Join two "
                 "messages of one speaker, or put in the one that is missing."
             )
-    if checked[-1]["role"] != "user":
-        raise InvalidRequest(
-            f"Message {len(checked)} ({checked[-1]['role']}) is the last one, so there is nothing "
-            "to answer: end the dialog with a user message."
-        )
     return checked
 
 
-def _check_message(message: object, number: int, forbidden: Sequence[str]) -> Message:
+def _check_message(message: object, number: int) -> Message:
     role = message.get("role") if isinstance(message, Mapping) else None
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or not isinstance(content, str):
@@ -115,8 +125,16 @@ def _check_message(message: object, number: int, forbidden: Sequence[str]) -> Me
         raise InvalidRequest(
             f"Message {number} has the unknown role {role!r}: use 'system', 'user' or 'assistant'."
         )
+    _check_text(content, f"Message {number} ({role})")
+    return {"role": role, "content": content}  # type: ignore[typeddict-item]
+
+
+def _check_words(message: Message, number: int, forbidden: Sequence[str]) -> Message:
+    role, content = message["role"], message["content"]
     where = f"Message {number} ({role})"
-    _check_text(content, where)
+    if role == "assistant":
+        for text in forbidden:
+            content = content.replace(text, f"{text[0]} {text[1:]}")
     for text in forbidden:
         if text in content:
             raise InvalidRequest(
@@ -126,7 +144,7 @@ def _check_message(message: object, number: int, forbidden: Sequence[str]) -> Me
             )
     if role == "user" and not content.strip():
         raise InvalidRequest(f"{where} is empty: write what the model should answer.")
-    return {"role": role, "content": content}  # type: ignore[typeddict-item]
+    return {"role": role, "content": content}
 
 
 def _check_text(text: str, where: str) -> None:

@@ -55,12 +55,16 @@ class ModelOutputDocument(BaseDoc):
     Joined, the `generated_text` of a stream is the tokenizer's own decoding of all its `token_id`
     (up to a stop string). It may be empty while the bytes of a character are still incomplete.
 
+    Set in the first document and in the last:
+
+    - ``prompt_tokens``: what the model read.
+    - ``dropped_turns``: the oldest turns of a dialog that were left out to fit the model's window.
+
     Set only in the last document, which stands for no token (`token_id` is -1):
 
     - ``finish_reason``: ``stop`` (the model ended its answer, or a stop string came), ``length``
       (`max_tokens` reached) or ``error``.
-    - ``prompt_tokens``, ``completion_tokens``: what the model read, and the documents before this one.
-    - ``dropped_turns``: the oldest turns of a dialog that were left out to fit the model's window.
+    - ``completion_tokens``: the documents before this one.
     - ``error``: ``"ClassName: what happened and what to do"``, a class of `helpers.errors`.
     """
 
@@ -72,6 +76,17 @@ class ModelOutputDocument(BaseDoc):
     prompt_tokens: Optional[int] = None
     completion_tokens: Optional[int] = None
     dropped_turns: Optional[int] = None
+    error: Optional[str] = None
+
+
+class CountDocument(BaseDoc):
+    """What ``/count`` tells: how much of the model's window the dialog of a `ChatDocument` takes, in tokens.
+
+    All of it, even if that is more than the window holds. Or `error`, as in `ModelOutputDocument`.
+    """
+
+    prompt_tokens: int
+    context_length: int
     error: Optional[str] = None
 
 

@@ -8,7 +8,6 @@ is how `helpers.service.serve_script` starts one.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import runpy
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from . import _jina  # noqa: F401  before the script imports jina: quietly
-from .processes import remove_log, wait_for_end_of_parent
+from .processes import kill, remove_log, wait_for_end_of_parent
 
 
 def main() -> None:
@@ -31,11 +30,7 @@ def main() -> None:
 
     def end(*_: object) -> None:
         """Jina would leave its own processes behind."""
-        started = psutil.Process().children(recursive=True)
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(started, timeout=5)
+        kill(psutil.Process().children(recursive=True))
         os._exit(1)
 
     def end_with_parent() -> None:

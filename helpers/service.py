@@ -7,7 +7,6 @@ dies with the program that started it, also when that is killed, and frees its p
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing.connection
 import os
 import shutil
@@ -25,7 +24,7 @@ import psutil
 from . import access, client
 from .client import HOST, PORT
 from .errors import HelpersError, ModelUnavailable, ServiceUnavailable, find_error, to_wire
-from .processes import port_to_listen_on, remove_log, wait_for_end_of_parent
+from .processes import kill, port_to_listen_on, remove_log, wait_for_end_of_parent
 from .progress import progress
 from .prompts import Message
 from .schemas import ModelDocument
@@ -40,6 +39,7 @@ def serve(
     *,
     host: str = HOST,
     port: int = PORT,
+    context_length: int | None = None,
     max_live: int | None = None,
     max_waiting: int | None = None,
     cache_memory: int | None = None,
@@ -47,15 +47,20 @@ def serve(
     """Start a service and wait until it answers; use it as ``with helpers.serve() as service:``.
 
     `model` and `precision` are those of `helpers.models.load`. `port` 0 takes a free one. `host` is where
-    it listens; other machines reach it only if that is not the loopback address. The limits, of readers who
-    are answered at once, of those in line, and of bytes for keys and values, are explained at
-    `helpers.engine.Engine`.
+    it listens; other machines reach it only if that is not the loopback address. The limits, of tokens that
+    prompt and answer may take together, of readers who are answered at once, of those in line, and of bytes
+    for keys and values, are explained at `helpers.engine.Engine`.
 
     Raises `ServiceUnavailable` if the port is taken, and says by whom; `ModelUnavailable` or
     `InvalidRequest` where the model is the reason; and `ServiceUnavailable`, with the end of the service's
     log, where it ends for a reason of its own.
     """
-    limits = {"max-live": max_live, "max-waiting": max_waiting, "cache-memory": cache_memory}
+    limits = {
+        "context-length": context_length,
+        "max-live": max_live,
+        "max-waiting": max_waiting,
+        "cache-memory": cache_memory,
+    }
     port = port_to_listen_on(host, port)
     words = ["--model", model, "--precision", precision, "--host", host, "--port", str(port)]
     words += [f"--{name}={value}" for name, value in limits.items() if value is not None]
@@ -140,10 +145,7 @@ class Service:
                 self._process.kill()
                 self._process.wait()
             _, alive = psutil.wait_procs(children, timeout=5)
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(alive, timeout=5)  # no longer: a dead one whose parent is gone may stay for ever
+            kill(alive)
         shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def _wait(self, is_ready: Callable[[], bool]) -> None:
@@ -239,7 +241,12 @@ def run(
         protocol="grpc",
         include_gateway=False,  # Jina's gateway hides errors and repeats requests
         timeout_ready=-1,  # a first download takes as long as it takes
-        grpc_server_options={"grpc.so_reuseport": 0},  # two services must not share a port unnoticed
+        grpc_server_options={
+            "grpc.so_reuseport": 0,  # two services must not share a port unnoticed
+            # Jina's clients ping a connection every 10 s, and gRPC would cut off all of its readers for the third ping
+            # in silence (Jina means to allow it, by options whose names gRPC does not know)
+            "grpc.http2.max_ping_strikes": 0,
+        },
         proxy=True,  # a download may need it
     )
     try:
