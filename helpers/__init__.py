@@ -18,6 +18,7 @@ _HOME = {
     "info": "client",
     "Answer": "client",
     "Conversation": "client",
+    "ChatBox": "chat_box",
 }
 __all__ = ["errors", *_HOME]
 

@@ -147,6 +147,7 @@ def test_what_the_code_imports_is_declared(folder: str, extras: set[str]) -> Non
     known_as = {
         "google": "protobuf",
         "grpc": "grpcio",
+        "markdown_it": "markdown-it-py",
         "pkg_resources": "setuptools",
         "yaml": "pyyaml",
     }
