@@ -40,7 +40,8 @@ lab: .venv/.lab .venv/.embedded ## open the notebooks in JupyterLab
 notebooks: .venv/.lab .venv/.embedded ## run the notebooks from top to bottom, and store their outputs
 	@for notebook in $(NOTEBOOKS); do \
 	    $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-	        --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
+	        --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
+	    $(PY) -c "$$TIDY_OUTPUTS" $$notebook || exit 1; \
 	done
 
 bench: .venv/.bench .venv/.embedded ## measure this service beside others, on this machine
@@ -171,6 +172,25 @@ for folder, folders, files in os.walk("."):
                 print("%s: %d" % (os.path.relpath(path), count))
 endef
 export STAMP_LINKS REPO
+
+# What was printed piece by piece is one text. And a widget is nothing without the kernel that ran it: what is to be
+# seen without one stands beside it.
+define TIDY_OUTPUTS
+import sys, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+for cell in notebook.cells:
+    if cell.cell_type != "code":
+        continue
+    outputs, cell.outputs = cell.outputs, []
+    for output in outputs:
+        last = cell.outputs[-1] if cell.outputs else {}
+        if output.output_type == "stream" and output.name == last.get("name"):
+            last.text += output.text
+        elif "application/vnd.jupyter.widget-view+json" not in output.get("data", {}):
+            cell.outputs.append(output)
+nbformat.write(notebook, sys.argv[1])
+endef
+export TIDY_OUTPUTS
 
 # pip, telling as much as shows that it lives: the large downloads, and on failure the whole of its reasons.
 define PIP_INSTALL

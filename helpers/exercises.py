@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import InvalidRequest
+from .prompts import check_dialog
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def _verdict(exercise: Exercise, answer: Any) -> str:
     try:
         right, trouble = exercise.is_right(answer), ""
     except Exception as error:
-        right, trouble = False, " ".join(f" It raised {type(error).__name__}: {error}.".split("\n"))
+        right, trouble = False, " ".join(f" It raised {type(error).__name__}: {str(error).rstrip('.')}.".split("\n"))
     return f"right. {exercise.why}" if right else f"not yet.{trouble} Hint: {exercise.hint}"
 
 
@@ -84,6 +87,70 @@ def _reads_streams(text_of: Any) -> bool:
             continue
         return False
     return bool(text_of([*pieces, end]) == "A bc")
+
+
+def _is_no_riddle(messages: Any) -> bool:
+    """Judges exercise 4.1. Raises `InvalidRequest` for what is no dialog."""
+    texts = [message["content"] for message in check_dialog(messages)]
+    has_words = len(texts) == 3 and bool(texts[1].strip())
+    return has_words and texts[-1].strip() == "And of Italy?" and "capital" in f"{texts[0]} {texts[1]}".lower()
+
+
+def _fits_turns(dropped: Any) -> bool:
+    """Judges exercise 4.2: with room for all, for all to a token, for some of uneven ones, and for none."""
+    cases = {
+        ((), 100): 0,
+        ((30, 30, 30), 100): 0,
+        ((30, 40, 30), 100): 0,
+        ((30, 41, 30), 100): 1,
+        ((10, 90, 10, 10), 100): 2,
+        ((10, 20, 101), 100): 3,
+    }
+    return all(dropped([*lengths], room + 412, 412) == right for (lengths, room), right in cases.items())
+
+
+def _turns() -> list[Any]:
+    """Turns with answers of every kind."""
+    from .client import Answer, Turn  # takes seconds, where nobody else needs it
+
+    turns = []
+    for question, text, reason in (
+        ("Who?", "Ada.", "stop"),
+        ("Why?", "", "cancelled"),
+        ("Where?", "In Lon", "cancelled"),
+        ("What?", "", "error"),
+        ("How?", "By writ", "length"),
+        ("When? 🦙", "In 18", "error"),
+    ):
+        answer = Answer()
+        answer.text, answer.finish_reason = text, reason
+        turns.append(Turn(question, answer))
+    return turns
+
+
+def _sends_what_was_said(messages: Any) -> bool:
+    """Judges exercise 4.3."""
+    right = []
+    for question, answer in _turns():
+        if answer.text:
+            right += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+    return bool(messages(_turns()) == right and messages([]) == [])
+
+
+def _finds_unanswered(questions: Any) -> bool:
+    """Judges exercise 4.4: by files with a system prompt and without one."""
+    from .client import Conversation
+
+    right = [question for question, answer in _turns() if answer.finish_reason in ("cancelled", "error")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "talk.json"
+        for system in (None, "Be kind."):
+            talk = Conversation(system)
+            talk.turns = _turns()
+            talk.save(path)
+            if list(questions(path)) != right:
+                return False
+    return True
 
 
 EXERCISES: dict[str, Exercise] = {
@@ -149,5 +216,26 @@ EXERCISES: dict[str, Exercise] = {
         number_near(0.5 + 40 * 0.1, within=0.001),
         "The time to the first token counts once, the inter-token latency for each token after it.",
         "The first token is there after 0.5 s. How many are still to come, and how long does each take?",
+    ),
+    # --- 04 Conversation ---
+    "4.1": Exercise(
+        _is_no_riddle,
+        "What is asked for stands in the turn before, so that turn has to be sent too.",
+        "What would have to be said before, so that you would understand the question? And who speaks in between?",
+    ),
+    "4.2": Exercise(
+        _fits_turns,
+        "The oldest go first and whole, and no more of them than it takes.",
+        "Take turns away at the old end, one by one. When do those that are left fit beside what is kept free?",
+    ),
+    "4.3": Exercise(
+        _sends_what_was_said,
+        "What was read of an answer is part of the dialog, and a question without any answer would break it.",
+        "An answer may be whole, a part, or empty. After which of the three can the next question not be asked?",
+    ),
+    "4.4": Exercise(
+        _finds_unanswered,
+        "How an answer ended stands beside the messages, not in them.",
+        "The file has as many answers as it has messages of the user. What does the finish_reason of each say?",
     ),
 }

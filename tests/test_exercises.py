@@ -44,6 +44,66 @@ def refuses_everything(documents: list[Any]) -> str:
     raise RuntimeError("no")
 
 
+def dialog(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def turns_dropped(lengths: list[int], window: int, kept_free: int) -> int:
+    return next(n for n in range(len(lengths) + 1) if sum(lengths[n:]) <= window - kept_free)
+
+
+def wants_room_left(lengths: list[int], window: int, kept_free: int) -> int:
+    return turns_dropped(lengths, window - 1, kept_free)
+
+
+def turns_that_stay(lengths: list[int], window: int, kept_free: int) -> int:
+    return len(lengths) - turns_dropped(lengths, window, kept_free)
+
+
+def forgets_the_answers_room(lengths: list[int], window: int, kept_free: int) -> int:
+    return turns_dropped(lengths, window, 0)
+
+
+def drops_the_longest(lengths: list[int], window: int, kept_free: int) -> int:
+    left = sorted(lengths)
+    while sum(left) > window - kept_free:
+        left.pop()
+    return len(lengths) - len(left)
+
+
+def messages_of(turns: list[Any]) -> list[dict[str, str]]:
+    return dialog(*(text for question, answer in turns if answer.text for text in (question, answer.text)))
+
+
+def sends_all(turns: list[Any]) -> list[dict[str, str]]:
+    return dialog(*(text for question, answer in turns for text in (question, answer.text)))
+
+
+def sends_whole_answers(turns: list[Any]) -> list[dict[str, str]]:
+    return messages_of([turn for turn in turns if turn.answer.finish_reason in ("stop", "length")])
+
+
+def questions_by_end(*ends: str) -> Any:
+    def questions(path: Path) -> list[str]:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        asked = [message["content"] for message in saved["messages"] if message["role"] == "user"]
+        return [question for question, answer in zip(asked, saved["answers"]) if answer["finish_reason"] in ends]
+
+    return questions
+
+
+def counts_by_twos(path: Path) -> list[str]:
+    """As if there never were a system prompt."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    ends = [answer["finish_reason"] in ("cancelled", "error") for answer in saved["answers"]]
+    return [message["content"] for message, wanted in zip(saved["messages"][::2], ends) if wanted]
+
+
+def those_followed_by_nothing(path: Path) -> list[str]:
+    messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    return [asked["content"] for asked, said in zip(messages, messages[1:]) if not said["content"]]
+
+
 RIGHT: dict[str, list[Any]] = {
     "1.1": [13_015_864_320 * 2 / 1e9, 26],
     "1.2": ["int8", " INT8 "],
@@ -57,6 +117,13 @@ RIGHT: dict[str, list[Any]] = {
     "3.2": [149],
     "3.3": [text_of],
     "3.4": [4.5, 0.5 + 40 * 0.1],
+    "4.1": [
+        dialog("What is the capital of France?", "Paris.", "And of Italy?"),
+        dialog("Tell me something of France.", "Its Capital is Paris.", " And of Italy? "),
+    ],
+    "4.2": [turns_dropped],
+    "4.3": [messages_of],
+    "4.4": [questions_by_end("cancelled", "error")],
 }
 WRONG: dict[str, list[Any]] = {
     "1.1": [13.0, 52.1, 26e9, "26 GB", None, True],
@@ -71,6 +138,26 @@ WRONG: dict[str, list[Any]] = {
     "3.2": [150, 100, 6225],
     "3.3": [joins_whatever_comes, refuses_everything, lambda documents: 1 / 0],
     "3.4": [4.0, 4.6, "4.5 s"],
+    "4.1": [
+        dialog("And of Italy?"),
+        dialog("What is the capital of France?", "", "And of Italy?"),
+        dialog("What do people eat in France?", "Cheese.", "And of Italy?"),
+        dialog("Hello", "Hi.", "What is the capital of France?", "Paris.", "And of Italy?"),
+        dialog("What is the capital of France?", "Paris.", "And of Spain?"),
+        [*dialog("What is the capital of France?"), *dialog("And of Italy?")],
+        [{"role": "system", "content": "It is about a capital."}, *dialog("And of Italy?")],
+        "What is the capital of Italy?",
+    ],
+    "4.2": [wants_room_left, turns_that_stay, forgets_the_answers_room, drops_the_longest, 2],
+    "4.3": [sends_all, sends_whole_answers, lambda turns: [turn.question for turn in turns], None],
+    "4.4": [
+        questions_by_end("cancelled"),
+        questions_by_end("error"),
+        questions_by_end("cancelled", "error", "length"),
+        counts_by_twos,
+        those_followed_by_nothing,
+        "talk.json",
+    ],
 }
 
 
