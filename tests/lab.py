@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,11 @@ def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]
             chromium.close()
         finally:
             server.process.terminate()  # and its kernels with it
-            server.process.wait()
+            try:
+                server.process.wait(30)
+            except subprocess.TimeoutExpired:  # JupyterLab 4.6 hangs where a kernel has just been starting
+                server.process.kill()
+                server.process.wait()
 
 
 def wait_for_kernel(page: Any) -> None:

@@ -550,7 +550,9 @@ def test_a_busy_kernel_does_not_hold_up_an_answer(chat: Any, service: Any, jupyt
     box.page.evaluate(
         "code => { jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code}) }", busy
     )
+    box.root.get_by_role("button", name="Stop").focus()
     box.wait("Answer cut off at the limit of tokens.")
+    box.page.wait_for_function("text => document.activeElement === text", arg=box.text.element_handle())
     gate.touch()
     assert len(box.in_object()) == 1
 
@@ -634,6 +636,32 @@ def test_a_killed_service_is_told_and_after_its_return_the_talk_goes_on(chat: An
     assert [question for question, *_ in box.in_object()] == ["What is the capital of France?", LONG, "And of Spain?"]
 
 
+def test_what_is_typed_meanwhile_stays_where_nothing_comes(chat: Any, tiny_folder: Path) -> None:
+    with helpers.serve(str(tiny_folder), port=0) as service:
+        box = chat(port=service.port, max_tokens=5)
+        box.ask("Hello")
+        box.wait()
+        box.click("Edit question")
+        box.wait(re.compile("is being edited"))
+        processes = [psutil.Process(service.pid), *psutil.Process(service.pid).children()]
+        for process in processes:
+            process.suspend()
+        box.ask("And you?")
+        box.wait(re.compile("Waiting for the first word"))
+        box.text.type("my next question")
+        for process in processes:
+            process.kill()
+        box.status.get_by_text("ServiceUnavailable").wait_for()
+    assert box.text.input_value() == "my next question"
+    box.click("Edit question")
+    box.wait(re.compile("is being edited"))
+    assert box.text.input_value() == "And you?"
+    box.text.press("Escape")
+    box.root.get_by_role("button", name="Cancel").wait_for(state="hidden")
+    assert box.text.input_value() == "my next question"
+    assert [question for question, *_ in box.in_object()] == ["Hello"]
+
+
 def test_after_a_reload_the_box_goes_on_and_without_a_kernel_its_words_are_there(
     chat: Any, tiny_service: Any, jupyterlab: JupyterLab
 ) -> None:
@@ -648,6 +676,11 @@ def test_after_a_reload_the_box_goes_on_and_without_a_kernel_its_words_are_there
     box.wait()
     box.page.wait_for_function("() => document.querySelectorAll('.helpers-chat .helpers-chat-turn').length === 2")
     assert [question for question, *_ in box.in_object()] == ["Hello", "And you?"]
+    box.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
+    box.text.fill("Is anybody there?")
+    box.text.press("Enter")
+    box.wait(re.compile("The kernel does not answer yet"))
+    assert box.text.input_value().startswith("Is anybody there?")
     box.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
     saved = json.loads((jupyterlab.folder / "chat-0.ipynb").read_text())
