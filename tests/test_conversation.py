@@ -123,6 +123,25 @@ def test_a_stop_from_another_thread_ends_the_generation_within_a_step(service: A
     assert said(talk) == [("Hello", answer.text, "cancelled")]
 
 
+def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, tiny_service: Any) -> None:
+    processes = [psutil.Process(tiny_service.pid), *psutil.Process(tiny_service.pid).children()]
+    answer = talk.stream("Hello")
+    reader = threading.Thread(target=list, args=(answer,), daemon=True)
+    try:
+        for process in processes:
+            process.suspend()
+        reader.start()
+        while not talk.turns:
+            pass
+        answer.stop()
+        reader.join(8)  # gRPC itself gives up after 15 seconds
+        assert not reader.is_alive()
+    finally:
+        for process in processes:
+            process.resume()
+    assert said(talk) == [("Hello", "", "cancelled")]
+
+
 def test_an_answer_that_is_stopped_before_it_is_read_asks_nothing(talk: Conversation, tiny_service: Any) -> None:
     steps = tiny_service.info().steps
     answer = talk.stream("Hello")
