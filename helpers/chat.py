@@ -162,7 +162,7 @@ def _save(talk: Conversation, file: str) -> None:
 def _load(talk: Conversation, file: str) -> Conversation:
     with _naming(file) as path:
         loaded = talk.load(path, **talk.options)
-    print(f"(turns loaded: {len(loaded.turns)})", file=sys.stderr)
+    print(f"(turns loaded: {len(loaded.turns)}, and their system prompt)", file=sys.stderr)
     return loaded
 
 
@@ -187,7 +187,7 @@ _FILE = "FILE"
 _COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], Conversation | None], str]] = {
     "/help": ("", _help, "lists the commands"),
     "/system": ("[TEXT]", _system, "shows the system prompt; with a text sets it, from the next question on"),
-    "/undo": ("", _undo, "takes back the latest question and its answer"),
+    "/undo": ("", _undo, "takes back the latest change: a question with its answer, or another answer"),
     "/regenerate": ("", _regenerate, "answers the latest question again; another answer takes a --temperature above 0"),
     "/window": ("", _window, "tells how much of the model's window the conversation takes"),
     "/save": (_FILE, _save, "writes the conversation as JSON, its messages in OpenAI's format"),

@@ -320,9 +320,13 @@ class Conversation:
         self._unsettled: Turn | None = None  # of which it is still open whether it stays
         self._lock = threading.RLock()
 
+    def __repr__(self) -> str:
+        return f"<Conversation, turns: {len(self.turns)}>"
+
     @property
     def messages(self) -> list[Message]:
-        """The dialog as the model is sent it: without the questions that got no answer."""
+        """The dialog as the service is sent it: without the questions that got no answer. It leaves out the oldest
+        turns where the model's window has no room for them."""
         return self._messages([turn for turn in self.turns if turn.answer.text])
 
     @property
@@ -555,11 +559,12 @@ class _Wire(Generic[Doc]):
             try:
                 for response in call:
                     yield self.returns.from_protobuf(response.document)
-            finally:
+            except (GeneratorExit, Exception):  # after Ctrl-C while it waits, gRPC has let go of the call by itself
                 self._channel.close()
-                with suppress(RpcError):  # gRPC keeps the connection until the end of the call has been read
+                with suppress(RpcError):  # else it keeps the connection until the end of the call has been read
                     for _ in call:
                         pass
+                raise
 
     async def documents_async(self) -> AsyncGenerator[Doc, None]:
         if self._left:

@@ -106,7 +106,11 @@ def _fits_turns(dropped: Any) -> bool:
         ((10, 90, 10, 10), 100): 2,
         ((10, 20, 101), 100): 3,
     }
-    return all(dropped([*lengths], room + 412, 412) == right for (lengths, room), right in cases.items())
+    for (lengths, room), right in cases.items():
+        given = [*lengths]
+        if dropped(given, room + 412, 412) != right or given != [*lengths]:
+            return False
+    return True
 
 
 def _turns() -> list[Any]:
@@ -121,6 +125,7 @@ def _turns() -> list[Any]:
         ("What?", "", "error"),
         ("How?", "By writ", "length"),
         ("When? 🦙", "In 18", "error"),
+        ("Why?", "", "cancelled"),
     ):
         answer = Answer()
         answer.text, answer.finish_reason = text, reason
@@ -134,7 +139,7 @@ def _sends_what_was_said(messages: Any) -> bool:
     for question, answer in _turns():
         if answer.text:
             right += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
-    return bool(messages(_turns()) == right and messages([]) == [])
+    return [*messages(_turns())] == right and [*messages([])] == []
 
 
 def _finds_unanswered(questions: Any) -> bool:
@@ -221,21 +226,25 @@ EXERCISES: dict[str, Exercise] = {
     "4.1": Exercise(
         _is_no_riddle,
         "What is asked for stands in the turn before, so that turn has to be sent too.",
-        "What would have to be said before, so that you would understand the question? And who speaks in between?",
+        "What would have to be said before, so that you would understand the question? And who speaks in between? "
+        "(Three messages do, the last one word for word; the checker looks for the word capital.)",
     ),
     "4.2": Exercise(
         _fits_turns,
         "The oldest go first and whole, and no more of them than it takes.",
-        "Take turns away at the old end, one by one. When do those that are left fit beside what is kept free?",
+        "Take turns away at the old end, one by one. When do those that are left fit beside what is kept free? Of 30, 40 "
+        "and 30 tokens, with 412 kept free of 512, none has to go; of 30, 41 and 30, one. The list stays as it is.",
     ),
     "4.3": Exercise(
         _sends_what_was_said,
         "What was read of an answer is part of the dialog, and a question without any answer would break it.",
-        "An answer may be whole, a part, or empty. After which of the three can the next question not be asked?",
+        "An answer may be whole, a part, or empty. After which of the three can the next question not be asked? "
+        "(A message is a dict of role and content, and the content is text.)",
     ),
     "4.4": Exercise(
         _finds_unanswered,
         "How an answer ended stands beside the messages, not in them.",
-        "The file has as many answers as it has messages of the user. What does the finish_reason of each say?",
+        "The file has as many answers as it has messages of the user. What does the finish_reason of each say? "
+        "(One that max_tokens cut off, length, was neither stopped, cancelled, nor has it failed, error.)",
     ),
 }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ def test_each_question_is_sent_with_all_that_was_said_before_it(talk: Conversati
         assert talk.ask(question) == text
         dialog.append({"role": "assistant", "content": text})
     assert talk.messages == dialog
+    assert repr(talk) == "<Conversation, turns: 3>"
 
 
 def test_with_an_event_loop_it_is_the_same(talk: Conversation) -> None:
@@ -123,22 +127,40 @@ def test_a_stop_from_another_thread_ends_the_generation_within_a_step(service: A
     assert said(talk) == [("Hello", answer.text, "cancelled")]
 
 
-def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, tiny_service: Any) -> None:
+@pytest.fixture
+def silent(tiny_service: Any) -> Iterator[None]:
+    """Nothing comes from the service."""
     processes = [psutil.Process(tiny_service.pid), *psutil.Process(tiny_service.pid).children()]
+    for process in processes:
+        process.suspend()
+    yield
+    for process in processes:
+        process.resume()
+
+
+def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, silent: None) -> None:
     answer = talk.stream("Hello")
     reader = threading.Thread(target=list, args=(answer,), daemon=True)
-    try:
-        for process in processes:
-            process.suspend()
-        reader.start()
-        while not talk.turns:
+    reader.start()
+    while not talk.turns:
+        pass
+    answer.stop()
+    reader.join(8)  # gRPC itself gives up after 15 seconds
+    assert not reader.is_alive()
+    assert said(talk) == [("Hello", "", "cancelled")]
+
+
+def test_ctrl_c_before_the_first_word_is_a_stop(talk: Conversation, silent: None) -> None:
+    reader = threading.get_ident()
+
+    def press() -> None:
+        while sys._current_frames()[reader].f_code.co_name != "_consume_next_event":  # until gRPC waits
             pass
-        answer.stop()
-        reader.join(8)  # gRPC itself gives up after 15 seconds
-        assert not reader.is_alive()
-    finally:
-        for process in processes:
-            process.resume()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("Hello")
     assert said(talk) == [("Hello", "", "cancelled")]
 
 
