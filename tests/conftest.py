@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ import helpers
 import helpers.models
 
 TESTS = Path(__file__).parent
+
+# Run in a shell's background, a program ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 NEEDS_TORCH = (
     'torch and transformers are not installed. For the tests that run a model: pip install -c constraints.txt -e ".[model]"'
 )
