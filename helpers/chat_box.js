@@ -4,6 +4,7 @@
     if (!root || root.dataset.ready) return;
     root.dataset.ready = "yes";
     const find = (name, box = root) => box.querySelector(".helpers-chat-" + name);
+    const focusEntry = () => find("entry textarea").focus({preventScroll: true});
     const isVisible = element => element && element.offsetParent !== null;
     const SEND = "\u001e"; // behind a text: send it. One message, so that nothing can come between the two
     const PATIENCE = 5000; // milliseconds
@@ -14,14 +15,16 @@
         text.value += SEND;
         text.readOnly = true; // until the kernel has taken it, so that nothing is typed that it would clear
         text.dispatchEvent(new Event("change", {bubbles: true}));
-        const sent = Date.now();
+        const sent = text.value;
         const release = () => {
             if (!text.value.endsWith(SEND)) text.readOnly = false;
             else if (text.isConnected) setTimeout(release, 20);
-            if (text.readOnly && Date.now() - sent > PATIENCE) find("status .widget-html-content", box).textContent =
-                "The kernel does not answer yet: it is busy with a cell, or it was started anew. In that case run this cell again.";
         };
         release();
+        setTimeout(() => {
+            if (text.value === sent) find("status .widget-html-content", box).textContent =
+                "The kernel does not answer yet: it is busy with a cell, or it was started anew. In that case run this cell again.";
+        }, PATIENCE);
     };
 
     // At the window, because JupyterLab looks at keys before a box could, and runs the cell on Shift+Enter. Once for
@@ -72,8 +75,7 @@
         }
     });
 
-    // Not to the end of the page, which is where a button goes that has the focus and is hidden.
-    const focusEntry = () => find("entry textarea").focus({preventScroll: true});
+    // A button that has the focus and is hidden loses it to the whole page: then the field gets it.
     root.addEventListener("focusin", ({target}) => focused = target);
 
     // Whoever has scrolled up stays there; whoever is at the end, or asks, is taken along.
