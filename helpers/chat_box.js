@@ -97,7 +97,7 @@
         }
         find("status")?.setAttribute("role", "status");
         if (atEnd) log.scrollTop = log.scrollHeight;
-        if (focused && !isVisible(focused) && document.activeElement === document.body) focusEntry();
+        if (focused && !isVisible(focused) && [focused, document.body].includes(document.activeElement)) focusEntry();
     };
     new MutationObserver(settle).observe(root, {childList: true, subtree: true, attributeFilter: ["style"]});
     settle();

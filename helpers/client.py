@@ -546,12 +546,12 @@ class _Wire(Generic[Doc]):
         message.header.exec_endpoint = self.endpoint
         message.document_cls = type(self.request)
         message.data.doc = self.request
-        options = {
-            # this thread reads by itself: to be handed each document by another one takes longer than the rest
-            "SingleThreadedUnaryStream": 1,
-            # from the pool of the program, gRPC repeats for seconds that nobody is there, back or not
-            "grpc.use_local_subchannel_pool": 1,
-        }
+        # from the pool of the program, gRPC repeats for seconds that nobody is there, back or not
+        options = {"grpc.use_local_subchannel_pool": 1}
+        if threading.current_thread() is not threading.main_thread():
+            # this thread reads by itself: to be handed each document by another one takes longer than the rest.
+            # Not the main one: where Ctrl-C interrupts its wait, gRPC would keep the connection for good
+            options["SingleThreadedUnaryStream"] = 1
         with self._telling_failures(), get_grpc_channel(f"{self.host}:{self.port}", options=options) as self._channel:
             if self._left:
                 return
@@ -559,12 +559,11 @@ class _Wire(Generic[Doc]):
             try:
                 for response in call:
                     yield self.returns.from_protobuf(response.document)
-            except (GeneratorExit, Exception):  # after Ctrl-C while it waits, gRPC has let go of the call by itself
+            finally:
                 self._channel.close()
-                with suppress(RpcError):  # else it keeps the connection until the end of the call has been read
+                with suppress(RpcError):  # gRPC keeps the connection until the end of the call has been read
                     for _ in call:
                         pass
-                raise
 
     async def documents_async(self) -> AsyncGenerator[Doc, None]:
         if self._left:

@@ -550,7 +550,9 @@ def test_a_busy_kernel_does_not_hold_up_an_answer(chat: Any, service: Any, jupyt
     box.page.evaluate(
         "code => { jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code}) }", busy
     )
+    box.root.get_by_role("button", name="Stop").focus()
     box.wait("Answer cut off at the limit of tokens.")
+    box.page.wait_for_function("text => document.activeElement === text", arg=box.text.element_handle())
     gate.touch()
     assert len(box.in_object()) == 1
 

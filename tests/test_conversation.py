@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import psutil
@@ -128,17 +129,17 @@ def test_a_stop_from_another_thread_ends_the_generation_within_a_step(service: A
 
 
 @pytest.fixture
-def silent(tiny_service: Any) -> Iterator[None]:
-    """Nothing comes from the service."""
+def silent(tiny_service: Any) -> Iterator[list[psutil.Process]]:
+    """Nothing comes from the service, until its processes are resumed."""
     processes = [psutil.Process(tiny_service.pid), *psutil.Process(tiny_service.pid).children()]
     for process in processes:
         process.suspend()
-    yield
+    yield processes
     for process in processes:
         process.resume()
 
 
-def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, silent: None) -> None:
+def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, silent: list[psutil.Process]) -> None:
     answer = talk.stream("Hello")
     reader = threading.Thread(target=list, args=(answer,), daemon=True)
     reader.start()
@@ -150,11 +151,15 @@ def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, s
     assert said(talk) == [("Hello", "", "cancelled")]
 
 
-def test_ctrl_c_before_the_first_word_is_a_stop(talk: Conversation, silent: None) -> None:
+def test_ctrl_c_before_the_first_word_is_a_stop(talk: Conversation, silent: list[psutil.Process]) -> None:
     reader = threading.get_ident()
 
+    def is_waiting() -> bool:
+        frames = [frame for frame, _ in walk_stack(sys._current_frames()[reader])]
+        return any(frame.f_globals["__name__"] == "grpc._channel" and frame.f_code.co_name == "_next" for frame in frames)
+
     def press() -> None:
-        while sys._current_frames()[reader].f_code.co_name != "_consume_next_event":  # until gRPC waits
+        while not is_waiting():
             pass
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -162,6 +167,11 @@ def test_ctrl_c_before_the_first_word_is_a_stop(talk: Conversation, silent: None
     with pytest.raises(KeyboardInterrupt):
         talk.ask("Hello")
     assert said(talk) == [("Hello", "", "cancelled")]
+    for process in silent:
+        process.resume()
+    assert talk.ask("And you?")
+    connections = psutil.Process().net_connections("tcp")
+    assert talk.options["port"] not in [connection.raddr.port for connection in connections if connection.raddr]
 
 
 def test_an_answer_that_is_stopped_before_it_is_read_asks_nothing(talk: Conversation, tiny_service: Any) -> None:
