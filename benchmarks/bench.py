@@ -1,20 +1,17 @@
-"""This service beside others, on this machine, in one run.
+"""Measure this service beside other backends, on this machine, in one run.
 
     make bench                              everything: about half an hour on two cores
-    make bench BENCH_ARGS=--quick           less of everything: about two minutes
+    make bench BENCH_ARGS=--quick           less of everything: at most three minutes
 
-The machine's speed changes while it runs. So everybody is started first, each round asks everybody in an order
-of its own, and what counts are the medians of the rounds and the ratios between them; a number alone says little.
-Writes `results.md` and two pictures into the folder of this file, or into `--output`.
-
-Tokens/s are those of all readers together, from the moment when all ask to the last token; "decode" counts only
-the time in which all of them are being answered. TTFT is the time to the first token, ITL (inter-token
-latency) the time between two tokens of one reader.
+A machine's speed changes while it runs. So all backends start first, each round asks them in a random order,
+and the results are medians of the rounds and ratios between backends: a number alone says little. Writes
+`results.md` and two pictures into the folder of this file, or into `--output`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -22,209 +19,205 @@ import os
 import platform
 import random
 import signal
-import statistics
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
+from statistics import median
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-from contenders import (
-    Arrivals,
-    Contender,
-    InProcess,
+from backends import (
+    Backend,
+    Loop,
+    LoopProcess,
     Service,
     TransformersServe,
-    article,
-    bare_masked,
-    bare_unmasked,
-    llama_cpp,
+    article_loop,
+    bare_loop,
+    llama_cpp_loop,
     load,
     load_llama_cpp,
+    masked_bare_loop,
+)
+from helpers import catalog, memory, models, prompts
+from measurements import ARTICLE, SERVICE, Arrivals, Run, Runs, by_length, ratio, ratios, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is measured. Lengths are in tokens."""
+
+    rounds: int
+    tokens: int
+    """Of each answer in the rounds."""
+    clients: tuple[int, ...]
+    """How many ask this service at once; the next three say the same of the other backends."""
+    bare_clients: tuple[int, ...]
+    batching_clients: tuple[int, ...]
+    queueing_clients: tuple[int, ...]
+    article_tokens: int
+    """Of the long answers that the article's loop gives too."""
+    long_tokens: int
+    """Of the long answers that only this service gives."""
+    list_words: int
+    """Of each of the two long questions in the conversation."""
+    turn_tokens: int
+    """Of each answer in the conversation."""
+    cache_blocks: int | None = None
+    """The KV cache of `transformers serve --continuous-batching`; None leaves its size to that."""
+    one_loop_process: bool = False
+    """Whether the loops share one process, and so one start and one figure for the memory."""
+
+
+FULL = Scale(
+    rounds=5,
+    tokens=64,
+    clients=(1, 4, 8, 16, 32),
+    bare_clients=(1, 4, 8, 16),
+    batching_clients=(1, 8, 16),
+    queueing_clients=(1, 8),
+    article_tokens=256,
+    long_tokens=1000,
+    list_words=440,
+    turn_tokens=24,
+)
+QUICK = Scale(
+    rounds=1,
+    tokens=16,
+    clients=(1, 8),
+    bare_clients=(1, 8),
+    batching_clients=(8,),
+    queueing_clients=(8,),
+    article_tokens=24,
+    long_tokens=64,
+    list_words=60,
+    turn_tokens=8,
+    cache_blocks=64,
+    one_loop_process=True,
 )
 
-import helpers
-from helpers import access, models
-
-median = statistics.median
 _numbers = itertools.count(1)
 
 
 def questions(n: int) -> list[str]:
-    """Long to answer, and never asked before: nobody has anything of them in a cache but the system prompt."""
+    """Return `n` questions with long answers. All are new, so only the system prompt can be in a cache."""
     return [f"Story {next(_numbers)}: write a long tale of a lighthouse, a storm and a lost ship." for _ in range(n)]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the readers of one run saw."""
+def other_backends(model: str, precision: str, scale: Scale) -> list[Backend]:
+    """Return the backends beside this service that can run `model` at `precision`, not yet started."""
+    folder = models.source_of(model)
 
-    arrivals: Arrivals
+    def new_process() -> LoopProcess:
+        return LoopProcess(load, folder, precision)
 
-    @property
-    def rate(self) -> float:
-        """Tokens/s in all."""
-        return sum(map(len, self.arrivals)) / max(came[-1] for came in self.arrivals)
+    shared = new_process() if scale.one_loop_process else None
 
-    @property
-    def decode_rate(self) -> float:
-        """Tokens/s while all are being answered; where that never is, as in a queue, tokens/s in all."""
-        begin, end = max(came[0] for came in self.arrivals), min(came[-1] for came in self.arrivals)
-        within = sum(begin < at <= end for came in self.arrivals for at in came)
-        return within / (end - begin) if within else self.rate
+    def loop(name: str, function: Callable[..., Arrivals], clients: Sequence[int]) -> Loop:
+        return Loop(name, shared or new_process(), function, clients)
 
-    @property
-    def firsts(self) -> list[float]:
-        return [came[0] for came in self.arrivals]
-
-    @property
-    def gaps(self) -> list[float]:
-        return [after - before for came in self.arrivals for before, after in zip(came, came[1:])]
-
-
-Runs = dict[tuple[str, int], list[Run]]
-"""By contender and number of readers, the rounds."""
+    backends: list[Backend] = [
+        loop("bare loop", bare_loop, scale.bare_clients),
+        loop("bare loop, with a mask", masked_bare_loop, scale.bare_clients),
+        loop(ARTICLE, article_loop, (1,)),
+    ]
+    if dtype := {"fp32": "float32", "bf16": "bfloat16"}.get(precision):
+        for batching, clients in ((True, scale.batching_clients), (False, scale.queueing_clients)):
+            backends.append(
+                TransformersServe(folder, dtype, clients, continuous_batching=batching, cache_blocks=scale.cache_blocks)
+            )
+    if model == catalog.BUNDLED and importlib.util.find_spec("llama_cpp"):
+        backends.append(Loop("llama-cpp-python, Q4_1", LoopProcess(load_llama_cpp), llama_cpp_loop, (1, 8)))
+    return backends
 
 
-def measure(contenders: Sequence[Contender], *, rounds: int, tokens: int) -> Runs:
-    todo = [(contender, readers) for contender in contenders for readers in contender.readers]
-    runs: Runs = {(contender.name, readers): [] for contender, readers in todo}
+def start(backends: Sequence[Backend], stack: ExitStack) -> None:
+    """Start all backends at the same time, and let `stack` close them."""
+    for backend in reversed(backends):  # this service, the first, starts last: the others load meanwhile
+        print(f"starting {backend.name}", flush=True)
+        backend.start()
+        stack.callback(backend.close)
+    for backend in backends:
+        backend.wait_until_ready()
+
+
+def measure_rounds(backends: Sequence[Backend], scale: Scale) -> Runs:
+    """Ask every backend in every round, in a random order."""
+    todo = [(backend, clients) for backend in backends for clients in backend.clients]
+    runs: Runs = {(backend.name, clients): [] for backend, clients in todo}
     order = random.Random(0)
-    for contender in contenders:
-        contender.answer(questions(1), 8)  # warms up
-    for n in range(rounds):
-        for contender, readers in order.sample(todo, len(todo)):
-            run = Run(contender.answer(questions(readers), tokens))
-            runs[contender.name, readers].append(run)
-            print(f"round {n + 1}: {contender.name}, {readers}: {run.rate:.1f} tokens/s", flush=True)
+    for backend in backends:
+        backend.answer(questions(1), 4)  # warms up
+    for n in range(scale.rounds):
+        for backend, clients in order.sample(todo, len(todo)):
+            run = Run(backend.answer(questions(clients), scale.tokens))
+            runs[backend.name, clients].append(run)
+            print(f"round {n + 1}: {backend.name}, {clients}: {run.rate:.1f} tokens/s", flush=True)
     return runs
 
 
-# --- Beyond the rounds: long answers, long conversations --------------------------------------------
+@dataclass(frozen=True)
+class LongAnswers:
+    """Runs of one client: this service over `long_tokens`, then the article's loop and this service over
+    `article_tokens`."""
+
+    service: list[Run]
+    article: list[Run]
+    service_as_short: list[Run]
+
+    def facts(self, scale: Scale) -> list[str]:
+        """Return what the runs show, in sentences."""
+        factor = ratio(self.service_as_short, self.article)
+        costs = [seconds for _, seconds in by_length(self.service)]
+        length = min(len(run.gaps) for run in self.service) + 1
+        return [
+            f"time for one token of an answer of {scale.article_tokens}: {ARTICLE} ÷ {SERVICE} = {factor:.1f}",
+            f"a token's cost over an answer of {length} tokens, of {SERVICE}: at most "
+            f"{max(costs) / costs[0]:.2f} times that at its beginning",
+        ]
 
 
-def long_answers(
-    service: Service, loop: Contender, *, rounds: int, whole: int, tokens: int
-) -> tuple[list[Run], list[Run], list[Run]]:
-    """Answers of `whole` tokens from the service, and of `tokens` from the loop and from the service."""
-    runs: tuple[list[Run], list[Run], list[Run]] = ([], [], [])
-    for n in range(rounds):
-        runs[0].append(Run(service.answer(questions(1), whole)))
-        runs[1].append(Run(loop.answer(questions(1), tokens)))
-        runs[2].append(Run(service.answer(questions(1), tokens)))
-        print(f"long answers, round {n + 1}: {runs[1][-1].rate:.1f} and {runs[2][-1].rate:.1f} tokens/s", flush=True)
-    return runs
+def measure_long_answers(service: Backend, article: Backend, scale: Scale) -> LongAnswers:
+    """Ask for long answers, one client at a time."""
+    answers = LongAnswers([], [], [])
+    for n in range(min(scale.rounds, 2)):
+        answers.service.append(Run(service.answer(questions(1), scale.long_tokens)))
+        answers.article.append(Run(article.answer(questions(1), scale.article_tokens)))
+        answers.service_as_short.append(Run(service.answer(questions(1), scale.article_tokens)))
+        rates = [answers.article[-1].rate, answers.service_as_short[-1].rate]
+        print(f"long answers, round {n + 1}: {rates[0]:.1f} and {rates[1]:.1f} tokens/s", flush=True)
+    return answers
 
 
-def by_length(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
-    """(tokens so far, seconds for one more): medians over 50 tokens, or all where there are fewer, and over the runs."""
-    shortest = min(len(run.gaps) for run in runs)
-    step = min(50, shortest)
-    for begin in range(0, shortest - step + 1, step):
-        yield begin + step // 2, median(median(run.gaps[begin : begin + step]) for run in runs)
-
-
-def third_turn(service: Service, *, rounds: int, words: int) -> tuple[float, float, int]:
-    """Medians of the TTFT of a conversation's third turn, and of the same dialog sent to a service that has not
-    seen it; the dialog's tokens."""
-    text = " ".join(f"{'red green blue black white'.split()[n % 5]} {n}" for n in range(words // 2))
-    questions = (f"Read this list. {text}", f"And this one. {text}", "Which colour came first?")
+def measure_third_turn(service: Service, scale: Scale) -> str:
+    """Compare the TTFT of a conversation's third turn with that of the same dialog, sent to a service that does not
+    have it in its cache. Return the result as a sentence."""
+    colours = ("red", "green", "blue", "black", "white")
+    text = " ".join(f"{colours[n % 5]} {n}" for n in range(scale.list_words // 2))
+    turns = (f"Read this list. {text}", f"And this one. {text}", "Which colour came first?")
     warm, cold, size = [], [], 0
-    for _ in range(rounds):
-        talk = service.service.conversation(_never_seen(), max_tokens=24)
-        for question in questions:
+    for _ in range(scale.rounds):
+        talk = service.service.conversation(_new_system_prompt(), max_tokens=scale.turn_tokens)
+        for question in turns:
             talk.ask(question)
         warm.append(talk.answer.time_to_first_token)
-        same = [{"role": "system", "content": _never_seen()}, *talk.messages[1:-1]]
-        answer = service.service.ask(same, max_tokens=24)
+        same = [{"role": "system", "content": _new_system_prompt()}, *talk.messages[1:-1]]
+        answer = service.service.ask(same, max_tokens=scale.turn_tokens)
         cold.append(answer.time_to_first_token)
         size = answer.prompt_tokens
-    return median(warm), median(cold), size
+    return (
+        f"TTFT of a conversation's third turn, {size} tokens: {median(warm):.2f} s; "
+        f"of the same text sent cold: {median(cold):.2f} s; ratio {median(warm) / median(cold):.2f}"
+    )
 
 
-def _never_seen() -> str:
-    """A system prompt that differs from all others at its very beginning."""
-    return f"{next(_numbers)}. {helpers.prompts.SYSTEM_PROMPT}"
-
-
-# --- What is written --------------------------------------------------------------------------------
-
-
-def table(runs: Runs, peaks: dict[str, int]) -> str:
-    lines = [
-        "| | readers | tokens/s | decode | TTFT, s: median | p99 | ITL, ms: median | p99 | peak memory, GB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for (name, readers), rounds in runs.items():
-        firsts = [first for run in rounds for first in run.firsts]
-        gaps = [gap for run in rounds for gap in run.gaps]
-        lines.append(
-            f"| {name} | {readers} "
-            f"| {median(r.rate for r in rounds):.1f} | {median(r.decode_rate for r in rounds):.1f} "
-            f"| {median(firsts):.2f} | {p99(firsts):.2f} | {1000 * median(gaps):.0f} | {1000 * p99(gaps):.0f} "
-            f"| {peaks[name] / 1e9:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def p99(values: Sequence[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
-
-
-def ratio(runs: Runs, readers: int, other: str, figure: str = "rate") -> str:
-    """This service's `figure` by another's: the median of the rounds' ratios."""
-    pairs = zip(runs["this service", readers], runs[other, readers])
-    return f"{median(getattr(ours, figure) / getattr(theirs, figure) for ours, theirs in pairs):.2f}"
-
-
-def ratios(runs: Runs) -> Iterator[str]:
-    for readers in (1, 8, 16):
-        bare = [name for name, n in runs if name.startswith("bare") and n == readers]
-        if bare and ("this service", readers) in runs:
-            best = max(bare, key=lambda name: median(run.decode_rate for run in runs[name, readers]))
-            yield f"{readers} reader(s), decode: this service ÷ {best} = {ratio(runs, readers, best, 'decode_rate')}"
-    for name, readers in runs:
-        if name not in ("this service", "the article's loop") and not name.startswith("bare"):
-            if ("this service", readers) in runs:
-                yield f"{readers} reader(s), tokens/s: this service ÷ {name} = {ratio(runs, readers, name)}"
-
-
-def draw_rates(runs: Runs, file: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    markers = itertools.cycle("os^Dv*P")
-    for name in dict.fromkeys(name for name, _ in runs):
-        points = [(n, median(run.rate for run in rounds)) for (other, n), rounds in runs.items() if other == name]
-        width = 3 if name == "this service" else 1.5
-        axes.plot(*zip(*points), marker=next(markers), linewidth=width, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks := sorted({n for _, n in runs}), map(str, ticks))
-    axes.set(xlabel="readers at once", ylabel="tokens/s of all readers together", ylim=0)
-    _save(figure, axes, file)
-
-
-def draw_costs(ours: Sequence[Run], loop: Sequence[Run], file: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for runs, name, style in ((loop, "the article's loop", "s--"), (ours, "this service", "o-")):
-        points = list(by_length(runs))
-        axes.plot([n for n, _ in points], [1000 * seconds for _, seconds in points], style, label=name)
-    axes.set(xlabel="tokens generated so far", ylabel="ms for one more token", ylim=0)
-    _save(figure, axes, file)
-
-
-def _save(figure: pyplot.Figure, axes: pyplot.Axes, file: Path) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+def _new_system_prompt() -> str:
+    """Return a system prompt that differs from all others at its very beginning."""
+    return f"{next(_numbers)}. {prompts.SYSTEM_PROMPT}"
 
 
 def machine() -> str:
+    """Return, in a line, the processor and the versions."""
     names = ("torch", "transformers", "jina")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
@@ -239,72 +232,47 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round, short answers, fewer readers")
-    parser.add_argument("--rounds", type=int, help="how often everybody is asked (default: 5; quick: 1)")
-    parser.add_argument("--model", default=access.EMBEDDED, help="a Hub id, a folder, or smollm2 (the default)")
-    parser.add_argument("--precision", default="fp32", choices=list(access.PRECISIONS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    options = parser.parse_args()
-    quick = options.quick
-    rounds = options.rounds or (1 if quick else 5)
-    tokens, long, longest = (16, 32, 100) if quick else (64, 256, 1000)
+    parser.add_argument("--quick", action="store_true", help="one round, short answers, fewer clients")
+    parser.add_argument("--rounds", type=int, help=f"default: {FULL.rounds}; with --quick: {QUICK.rounds}")
+    parser.add_argument("--model", default=catalog.BUNDLED, help="a Hub id, a folder, or smollm2 (the default)")
+    parser.add_argument("--precision", default="fp32", choices=list(memory.PRECISIONS), help="default: fp32")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="the folder for the results")
+    return parser.parse_args()
 
-    folder = models.source_of(options.model)
-    loading = (folder, options.precision)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so nobody is left running
+
+def main() -> None:
+    """Measure, and write the results."""
+    options = _options()
+    import pictures  # only here: each loop's process imports this file too, and needs no matplotlib
+
+    scale = QUICK if options.quick else FULL
+    if options.rounds:
+        scale = dataclasses.replace(scale, rounds=options.rounds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the backends are closed then too
     with ExitStack() as stack:
+        service = Service(models.source_of(options.model), options.precision, scale.clients)
+        backends = [service, *other_backends(options.model, options.precision, scale)]
+        start(backends, stack)
+        article = next(backend for backend in backends if backend.name == ARTICLE)
+        runs = measure_rounds(backends, scale)
+        long_answers = measure_long_answers(service, article, scale)
+        third_turn = measure_third_turn(service, scale)
+        peak_memory = {backend.name: backend.peak_memory() for backend in backends}
 
-        def start(contender: Contender) -> Contender:
-            stack.callback(contender.close)
-            return contender
-
-        service = Service(*loading, (1, 8, 16) if quick else (1, 4, 8, 16, 32))
-        start(service)
-        loop = start(InProcess("the article's loop", load, article, (1,), *loading))
-        some = (1, 8) if quick else (1, 4, 8, 16)
-        everybody = [
-            service,
-            start(InProcess("bare loop", load, bare_unmasked, some, *loading)),
-            start(InProcess("bare loop, with a mask", load, bare_masked, some, *loading)),
-            loop,
-        ]
-        if options.precision in ("fp32", "bf16"):
-            dtype = {"fp32": "float32", "bf16": "bfloat16"}[options.precision]
-            for batching in (True, False):
-                few = (1, 8, 16) if batching and not quick else (8,) if quick else (1, 8)
-                everybody.append(start(TransformersServe(folder, dtype, few, continuous_batching=batching)))
-        if options.model == access.EMBEDDED and importlib.util.find_spec("llama_cpp"):
-            everybody.append(start(InProcess("llama-cpp-python, Q4_1", load_llama_cpp, llama_cpp, (1, 8))))
-
-        runs = measure(everybody, rounds=rounds, tokens=tokens)
-        ours, theirs, same = long_answers(service, loop, rounds=min(rounds, 2), whole=longest, tokens=long)
-        warm, cold, size = third_turn(service, rounds=rounds, words=60 if quick else 440)
-        peaks = {contender.name: contender.peak_memory() for contender in everybody}
-
-    costs = [seconds for _, seconds in by_length(ours)]
-    whole_answer = median(b.rate / a.rate for a, b in zip(theirs, same))
-    facts = [
-        *ratios(runs),
-        f"time for one token of an answer of {long}: the article's loop ÷ this service = {whole_answer:.1f}",
-        f"a token's cost over an answer of {min(len(run.gaps) for run in ours) + 1} tokens, of this service: at most "
-        f"{max(costs) / costs[0]:.2f} times that at its beginning",
-        f"TTFT of a conversation's third turn, {size} tokens: {warm:.2f} s; "
-        f"of the same text sent cold: {cold:.2f} s; ratio {warm / cold:.2f}",
-    ]
+    facts = [*ratios(runs), *long_answers.facts(scale), third_turn]
     summary = (
-        f"{options.model} at {options.precision}, {tokens} new tokens for each reader, "
-        f"medians of {rounds} rounds.\n{machine()}.\n\n"
-        + table(runs, peaks)
+        f"{options.model} at {options.precision}, {scale.tokens} new tokens for each client, "
+        f"medians of {scale.rounds} rounds.\n{machine()}.\n\n"
+        + table(runs, peak_memory)
         + "\n\n"
-        + "\n".join(f"- {fact}" for fact in facts)
-        + "\n"
+        + "".join(f"- {fact}\n" for fact in facts)
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.md").write_text(f"# What `make bench` measured\n\n{summary}")
-    draw_rates(runs, options.output / "rates.png")
-    draw_costs(ours, theirs, options.output / "costs.png")
+    (options.output / "results.md").write_text(f"# What `make bench` measured\n\n{summary}", encoding="utf-8")
+    pictures.draw_rates(runs, options.output / "rates.png")
+    pictures.draw_costs(long_answers.service, long_answers.article, options.output / "costs.png")
     print(f"\n{summary}")
 
 

@@ -1,7 +1,10 @@
-"""What `make colab` does: rebuilds Colab's environment on this machine, and runs the notebooks in it.
+"""Run `make colab` (needs uv, PyPI and 20 GB) after a change of constraints.txt, and when Colab is updated.
 
-The notebooks run as on Colab: from an empty working directory, with no tutorial installed. Their first cell
-clones the repository's address, which git is told to find in a copy of this folder, committed or not.
+It rebuilds Colab's environment from freeze-py313.txt and runs the notebooks in it. After an update of Colab, first
+replace that file's lines by the NAME==VERSION lines of the pip freeze in github.com/googlecolab/backend-info.
+
+The notebooks run as on Colab: in an empty working directory, without an installed tutorial. Their first cell clones
+the repository's address; git's configuration maps it to a copy of this folder with all uncommitted changes.
 """
 
 from __future__ import annotations
@@ -20,43 +23,44 @@ from pathlib import Path
 
 from install import ROOT, project_name
 
-BUILD_SECONDS = 60  # what takes longer is a large C++ program; none is needed here
+BUILD_SECONDS = 60  # a longer build is a large C++ program, and the notebooks need none
 FREEZE = ROOT / "colab" / "freeze-py313.txt"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 ENVIRONMENT = CACHE / "streaming-llama2" / "colab"
 
 
 def main() -> None:
-    """Rebuild, run, compare; exit with 1 where a package was changed or a notebook failed."""
+    """Rebuild, run, compare; exit with 1 if a package was changed or a notebook failed."""
     if sys.version_info[:2] != (3, 13):
-        sys.exit("Colab's Python is 3.13, this one is not. Name one: make colab PYTHON=/path/to/python3.13")
+        version = ".".join(map(str, sys.version_info[:2]))
+        sys.exit(f"This is Python {version}, and Colab has 3.13. Name one: make colab PYTHON=/path/to/python3.13")
     pins = re.findall(r"^[^#\s]\S*", FREEZE.read_text(), re.MULTILINE)
     print(f"[1/3] rebuilding Colab's {len(pins)} packages in {ENVIRONMENT}, some 20 GB", flush=True)
     substituted = rebuild(pins)
-    print(f"      {len(pins) - len(substituted)} are as on Colab. These {len(substituted)} are not:")
+    print(f"      {len(pins) - len(substituted)} are as on Colab. These {len(substituted)} differ:")
     for pin, why in sorted(substituted.items(), key=lambda item: item[0].lower()):
         print(f"      {pin}: {why}")
 
-    print("[2/3] running the notebooks, whose first cell installs what is lacking", flush=True)
+    print("[2/3] running the notebooks; their first cell installs what Colab lacks", flush=True)
     before = freeze()
     with tempfile.TemporaryDirectory() as folder:
         failures = run_notebooks(Path(folder))
     after = freeze()
 
-    print("[3/3] comparing the packages with those that were there before")
+    print("[3/3] comparing the installed packages before and after")
     changed = sorted(before - after)
     added = sorted(after - before)
     print(f"      {len(before) - len(changed)} of {len(before)} are unchanged; {len(added)} were added:")
     print("      " + " ".join(line for line in added if "==" in line))
     if changed:
         failures.append(f"These were changed or removed: {', '.join(changed)}.")
-    print(f"{ENVIRONMENT} is yours to look at, and to delete.")
+    print(f"Look at {ENVIRONMENT}, or delete it.")
     if failures:
         sys.exit("\n".join(failures))
 
 
 def rebuild(pins: Sequence[str]) -> dict[str, str]:
-    """Install the pins, each by itself. Returns those that could not be had, and why."""
+    """Install the pins, each without its dependencies. Return those that could not be installed, and why."""
     subprocess.run(["uv", "venv", "--quiet", "--clear", f"--python={sys.executable}", ENVIRONMENT], check=True)
     cuda = [pin for pin in pins if "+" in pin]
     why: dict[str, str] = {}
@@ -65,7 +69,7 @@ def rebuild(pins: Sequence[str]) -> dict[str, str]:
             why[pin] = refusal
     backend = cuda[0].partition("+")[2]
     if uv_pip("install", "--no-deps", f"--torch-backend={backend}", *cuda).returncode:
-        why |= {pin: "from PyPI, with its CUDA: torch's own index was not reached" for pin in cuda}
+        why |= dict.fromkeys(cuda, "PyPI's CUDA build: torch's own index is not reachable")
         overrides = ENVIRONMENT / "overrides.txt"
         overrides.write_text("\n".join(line for line in freeze() if not line.startswith("cuda-")))
         done = uv_pip("install", f"--override={overrides}", *(pin.partition("+")[0] for pin in cuda))
@@ -74,14 +78,14 @@ def rebuild(pins: Sequence[str]) -> dict[str, str]:
     has = {project_name(line): line.partition("==")[2] for line in freeze()}
     for name, version in (pin.split("==") for pin in set(pins) - why.keys()):
         if (instead := has[project_name(name)]) != version:
-            why[f"{name}=={version}"] = f"{instead} in its place, for PyPI's torch"
+            why[f"{name}=={version}"] = f"{instead} instead, which PyPI's torch needs"
     return why
 
 
 def without_wheel(pins: Sequence[str]) -> list[str]:
-    """Install those that have a wheel, all at once if that goes, else by halves. Returns the others."""
+    """Install the pins that have a wheel: all at once if possible, else by halves. Return the others."""
     if not uv_pip("install", "--no-deps", "--no-build", *pins).returncode:
-        if len(pins) > 20:  # a sign of life
+        if len(pins) > 20:  # progress
             print(f"      installed {pins[0]} and {len(pins) - 1} more", flush=True)
         return []
     half = len(pins) // 2
@@ -89,23 +93,23 @@ def without_wheel(pins: Sequence[str]) -> list[str]:
 
 
 def build(pin: str) -> str:
-    """Install a package that has no wheel. Returns "", or why that did not go."""
+    """Install a package that has no wheel. Return why that failed, or ""."""
     line = pip_line("install", "--no-deps", pin)
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as uv:
         try:
             _, said = uv.communicate(timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(uv.pid, signal.SIGKILL)  # the compilers too
-            return f"no wheel is there, and building one takes longer than {BUILD_SECONDS} s"
+            return f"it has no wheel, and its build takes longer than {BUILD_SECONDS} s"
     if uv.returncode == 0:
         return ""
     if "Failed to build" in said:
-        return "no wheel is there, and building one fails here"
-    return "PyPI has nothing of it that can be installed"
+        return "it has no wheel, and its build fails here"
+    return "PyPI has no version that can be installed"
 
 
 def run_notebooks(folder: Path) -> list[str]:
-    """Run every notebook in a kernel of the environment, as Colab does. Returns which failed."""
+    """Run every notebook in a kernel of the environment, as Colab does. Return one sentence per failure."""
     (address,) = re.findall('^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     repository, content, done = folder / "repository", folder / "content", folder / "done"
     commit_copy(repository)
@@ -136,9 +140,9 @@ def run_notebooks(folder: Path) -> list[str]:
 
 
 def first_error(notebook: Path) -> str:
-    """The first error in the outputs that its cell does not announce, as text; "" where there is none.
+    """Return the first error in the outputs that its cell does not expect, with the cell's source, or "".
 
-    Prints what the first cell, which installs, has printed.
+    Print the output of the first cell, which installs.
     """
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     for output in cells[0]["outputs"]:
@@ -153,7 +157,7 @@ def first_error(notebook: Path) -> str:
 
 
 def commit_copy(repository: Path) -> None:
-    """Copy what git tracks here, and what it would, into a new repository of one commit."""
+    """Copy all files that git does not ignore into a new repository of one commit."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if (ROOT / name).is_file():
@@ -169,7 +173,7 @@ def python() -> str:
 
 
 def freeze() -> set[str]:
-    """The lines of ``uv pip freeze``."""
+    """Return the lines of ``uv pip freeze``."""
     return set(uv_pip("freeze").stdout.splitlines())
 
 

@@ -1,25 +1,39 @@
-"""The command line: ``python -m helpers check | ask | chat | serve``."""
+"""The command line: ``python -m helpers check | ask | chat | serve``.
+
+A command imports what it needs when it runs: a service then starts before this process imports jina, which takes
+seconds in both.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any
 
-from . import access, prompts
+from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
+from .memory import PRECISIONS, require_precision
+from .options import HOST, PORT, EngineArgs, SamplingParams, check_port
+from .prompts import QUESTION, SYSTEM_PROMPT
 
 _EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status, 1 after a failure that was told in a sentence on stderr."""
-    options = _parser().parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what the terminal's encoding has not
+    """Run one command and return the exit status: 1 after a failure, which is explained on stderr.
+
+    Raise `SystemExit` (status 2) for a wrong option.
+    """
+    options = _parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the model may write what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return options.command(options)
+        status: int = options.command(options)
+        return status
     except HelpersError as error:
         print(to_wire(error), file=sys.stderr)
         return 1
@@ -27,21 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # `ask ... | head`
-        sys.stderr.close()
+        sys.stderr.close()  # or Python reports at its end that it cannot flush stdout
         return 1
 
 
 def check(options: argparse.Namespace) -> int:
-    """Which model can run here, and why; status 1 if none can."""
-    lines = access.check()
-    print(access.check_table(lines))
-    return 0 if lines[-1].ok else 1
+    """Print which model can run here, and why. The exit status is 1 if none can."""
+    from . import checks
+
+    results = checks.check()
+    print(checks.format_table(results))
+    return 0 if results[-1].ok else 1
 
 
 def ask(options: argparse.Namespace) -> int:
     """Stream the answer to one question."""
-    if options.question == prompts.QUESTION:
-        print(f"The article's question: {prompts.QUESTION}", file=sys.stderr)
+    if options.question == QUESTION:
+        print(f"The article's question: {QUESTION}", file=sys.stderr)
     with _service(options) as port:
         from .chat import show
         from .client import stream
@@ -58,13 +74,13 @@ def ask(options: argparse.Namespace) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Talk, turn by turn, until Ctrl-D or /exit; /help lists the commands.
+    """Chat until Ctrl-D or /exit. /help lists the commands.
 
-    Without a terminal each line of the input is a question or a command, and the status is 1 if any of them failed.
+    If stdin is not a terminal, each line is a question or a command, and the exit status is 1 if any of them failed.
     """
     with _service(options) as port:
         from .chat import converse
-        from .client import Conversation
+        from .conversation import Conversation
 
         return converse(
             Conversation(options.system, max_tokens=options.max_tokens, temperature=options.temperature, port=port)
@@ -72,94 +88,117 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Be a service, in the foreground."""
-    from .service import run
+    """Run a service in the foreground until Ctrl-C."""
+    _check_precision(options.precision)
+    from .server import run
 
-    names = ("context_length", "max_live", "max_waiting", "cache_memory")
-    limits = {name: getattr(options, name) for name in names}
     run(
         options.model,
         options.precision,
         host=options.host,
         port=options.port,
+        engine_args=options.engine_args,
         parent=options.parent,
         log=options.log,
-        **{name: limit for name, limit in limits.items() if limit is not None},
     )
     return 0
 
 
 def _service(options: argparse.Namespace) -> contextlib.AbstractContextManager[int]:
-    """The port of the service to ask: the one named, or of one that is started for this command."""
-    if options.port is not None:
-        if (options.model, options.precision) != ("auto", "auto"):
-            raise InvalidRequest(
-                f"The service on port {options.port} has its model already. Leave --model and --precision out, "
-                "or leave --port out to start another service."
-            )
-        return contextlib.nullcontext(options.port)
-    return _own_service(options)
+    """Return a context that holds the port of the running service, or of one that is started for this command."""
+    if options.port is None:
+        return _new_service(options)
+    if (options.model, options.precision) != ("auto", "auto"):
+        raise InvalidRequest(
+            f"The service on port {options.port} runs its own model. Leave --model and --precision out, "
+            "or leave --port out to start another service."
+        )
+    return contextlib.nullcontext(options.port)
 
 
 @contextlib.contextmanager
-def _own_service(options: argparse.Namespace) -> Iterator[int]:
-    from .service import serve as start
+def _new_service(options: argparse.Namespace) -> Iterator[int]:
+    _check_precision(options.precision)
+    from .service import serve
 
-    with start(options.model, options.precision, port=0) as service:
+    with serve(options.model, options.precision, port=0) as service:
         yield service.port
 
 
-def max_tokens(text: str) -> int:
-    """An option's value; the service would refuse a wrong one too, but takes its time to start."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"max_tokens is {number}; ask for at least 1 token.")
-    return number
+def _check_precision(precision: str) -> None:
+    """Raise `InvalidRequest` now, not when the service has imported all it needs."""
+    if precision != "auto":
+        require_precision(precision)
 
 
-def temperature(text: str) -> float:
-    """An option's value, as `max_tokens`."""
-    if not 0 <= (number := float(text)) <= 2:
-        raise argparse.ArgumentTypeError(f"temperature is {number}; it goes from 0 (always the likeliest token) to 2.")
-    return number
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    options = _parser().parse_args(arguments)
+    if options.command is serve:
+        try:
+            options.engine_args = EngineArgs.from_namespace(options)
+        except InvalidRequest as error:
+            options.error(str(error))
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers", description="Run a chat model on this machine: check, ask, chat, serve."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", default="auto", help="a Hub id, a folder, or smollm2 (default: what fits)")
-    model.add_argument("--precision", default="auto", help=" or ".join(["auto", *access.PRECISIONS]))
+    model.add_argument("--model", default="auto", help=f"a Hub id, a folder or {BUNDLED} (default: the best that fits)")
+    model.add_argument("--precision", default="auto", help=f"one of auto (the best that fits), {', '.join(PRECISIONS)}")
 
-    asking = argparse.ArgumentParser(add_help=False, parents=[model])
-    asking.add_argument("--max-tokens", type=max_tokens, default=256, help="at most so many tokens (default: 256)")
-    asking.add_argument("--temperature", type=temperature, default=0.0, help="0 is always the likeliest token")
-    asking.add_argument("--port", type=int, help="of a running service (default: start one)")
+    request = argparse.ArgumentParser(add_help=False, parents=[model])
+    request.add_argument("--system", default=SYSTEM_PROMPT, help="the system prompt (default: the article's)")
+    request.add_argument(
+        "--max-tokens",
+        type=_checked(int, lambda value: SamplingParams(max_tokens=value)),
+        default=SamplingParams.max_tokens,
+        help="the most tokens of an answer (default: %(default)s)",
+    )
+    request.add_argument(
+        "--temperature",
+        type=_checked(float, lambda value: SamplingParams(temperature=value)),
+        default=SamplingParams.temperature,
+        help="from 0 (always the most likely token) to 2 (default: %(default)s)",
+    )
+    request.add_argument("--port", type=_checked(int, check_port), help="of a running service (default: start one)")
 
-    def add(command, *, parents: list, help: str) -> argparse.ArgumentParser:
+    def add(command: Any, *, parents: list[argparse.ArgumentParser], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(command.__name__, parents=parents, help=help, description=command.__doc__)
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, error=added.error)
         return added
 
-    add(check, parents=[], help="which model can run here, and why")
+    add(check, parents=[], help="print which model can run here, and why")
+    one = add(ask, parents=[request], help="stream the answer to one question")
+    one.add_argument("question", nargs="?", default=QUESTION, help="default: the article's question")
+    add(chat, parents=[request], help="chat in the terminal")
 
-    one = add(ask, parents=[asking], help="stream the answer to one question")
-    one.add_argument("question", nargs="?", default=prompts.QUESTION, help="default: the article's question")
-    one.add_argument("--system", default=prompts.SYSTEM_PROMPT, help="the system prompt (default: the article's)")
-
-    many = add(chat, parents=[asking], help="talk, turn by turn")
-    many.add_argument("--system", default=prompts.SYSTEM_PROMPT, help="the system prompt (default: the article's)")
-
-    service = add(serve, parents=[model], help="start a service")
-    service.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is every network")
-    service.add_argument("--port", type=int, default=12345, help="0 takes a free one (default: 12345)")
-    service.add_argument("--context-length", type=int, help="less of the model's window, in tokens (default: all)")
-    service.add_argument("--max-live", type=int, help="readers who are answered at once (default: 32)")
-    service.add_argument("--max-waiting", type=int, help="readers who may stand in line for that (default: 64)")
-    service.add_argument("--cache-memory", type=int, help="bytes for keys and values (default: by the free memory)")
+    service = add(serve, parents=[model], help="run a service")
+    service.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
+    service.add_argument("--port", type=int, default=PORT, help="0 takes any free one (default: %(default)s)")
+    EngineArgs.add_to(service)
     service.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     return parser
+
+
+def _checked(convert: Callable[[str], Any], check: Callable[[Any], object]) -> Callable[[str], Any]:
+    """Return an argparse type that converts an option's text, and reports what `check` raises as the option's error."""
+
+    def parse(text: str) -> Any:
+        value = convert(text)
+        try:
+            check(value)
+        except InvalidRequest as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    parse.__name__ = convert.__name__  # argparse says "invalid int value"
+    return parse
 
 
 if __name__ == "__main__":

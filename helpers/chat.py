@@ -1,52 +1,55 @@
-"""A chat in a terminal: a `Conversation`, turn by turn, and commands that begin with a slash.
+"""A chat in a terminal: a `Conversation`, and commands that begin with a slash.
 
-Answers go to stdout, all else to stderr, so that a pipe gets the answers alone.
+Answers go to stdout and everything else to stderr, so that a pipe receives the answers alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from .client import Answer, Conversation, info, stream
+from .answer import Answer
+from .client import build_request, info
+from .conversation import Conversation
 from .errors import HelpersError, InvalidRequest, to_wire
 
 
-def converse(talk: Conversation) -> int:
-    """Answer what is typed, until Ctrl-D or /exit.
+def converse(conversation: Conversation) -> int:
+    """Answer the lines of stdin until Ctrl-D or /exit, and return the exit status.
 
-    Without a terminal each line of the input is a question or a command, and the status, else 0, is 1 if any of
-    them failed. Raises `ServiceUnavailable` where no service answers at the beginning.
+    If stdin is not a terminal, the status is 1 if any question or command failed, and else 0. In a terminal, it is 0.
+    Raise `ServiceUnavailable` if no service answers at the beginning.
     """
-    terminal = sys.stdin.isatty()
-    if terminal:
-        _edit_lines()
-    # what is no text is refused with a sentence where it is asked, and does not end the chat where it is read
-    sys.stdin.reconfigure(errors="surrogateescape")
-    status, how_to_end = 0, "(Ctrl-D or /exit ends the chat)"
-    model = info(**{name: value for name, value in talk.options.items() if name in ("host", "port")}).model
-    print(
-        f"This is {model}. Ctrl-C stops an answer, Ctrl-D ends the chat, /help lists the commands.", file=sys.stderr
-    )
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        _set_up_readline()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # input that is not text fails as a question, not as a read
+        sys.stdin.reconfigure(errors="surrogateescape")
+    status, hint = 0, "(Ctrl-D or /exit ends the chat)"
+    host, port = conversation.address
+    model = info(host=host, port=port).model
+    _note(f"This is {model}. Ctrl-C stops an answer, Ctrl-D ends the chat, /help lists the commands.")
     while True:
         try:
-            talk = _turn(talk, _read_question())
+            conversation = _turn(conversation, _read_question())
         except EOFError:
-            return 0 if terminal else status
+            return 0 if is_terminal else status
         except HelpersError as error:
-            print(to_wire(error), file=sys.stderr)
+            _note(to_wire(error))
             status = 1
         except KeyboardInterrupt:
-            if not terminal:
+            if not is_terminal:
                 raise
-            print(f"\n{how_to_end}" if how_to_end else "", file=sys.stderr)
-            how_to_end = ""
+            _note(f"\n{hint}" if hint else "")
+            hint = ""
 
 
 def show(answer: Answer) -> None:
-    """Print an answer as it comes, and then how long it took; whoever leaves in the middle has stopped it."""
+    """Print an answer while it is streamed, and then its summary. An exception, such as Ctrl-C, stops the answer."""
     try:
         with contextlib.closing(iter(answer)) as pieces:
             for piece in pieces:
@@ -55,15 +58,19 @@ def show(answer: Answer) -> None:
         if answer.text or answer.finish_reason != "error":
             print(flush=True)
     if answer.summary:
-        print(f"({answer.summary})", file=sys.stderr)
+        _note(f"({answer.summary})")
 
 
-def _edit_lines() -> None:
-    """Let `input` edit its line and remember earlier ones, where Python has readline."""
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _set_up_readline() -> None:
+    """Let `input` edit and remember lines, and complete commands, if Python has readline."""
     with contextlib.suppress(ImportError):
         import readline
 
-        readline.set_completer_delims("")  # a command stands at the beginning of the line
+        readline.set_completer_delims("")  # a command is completed from the beginning of the line
         readline.set_completer(lambda text, n: [*(name for name in _COMMANDS if name.startswith(text)), None][n])
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM", "dumb") != "dumb":
@@ -71,7 +78,7 @@ def _edit_lines() -> None:
 
 
 def _read_question() -> str:
-    """The next line, joined by the one after it where it ends in a backslash; EOFError after the last."""
+    """Return the next line, joined with the one after it if it ends in a backslash. Raise `EOFError` at the end."""
     text = _read_line("> ")
     while text.endswith("\\"):
         text = text[:-1] + "\n"
@@ -89,109 +96,117 @@ def _read_line(prompt: str) -> str:
     try:
         return input(prompt)
     except EOFError:
-        print(file=sys.stderr)
+        _note("")
         raise
 
 
-def _turn(talk: Conversation, line: str) -> Conversation:
-    """Answer a question, or do what a command says; the conversation to go on with."""
+def _turn(conversation: Conversation, line: str) -> Conversation:
+    """Answer a question or run a command, and return the conversation to continue with."""
     if not line.startswith("/"):
         if line:
-            _tell(talk.stream(line))
-        return talk
+            _show_turn(conversation.stream(line))
+        return conversation
     name, argument = [*line.split(maxsplit=1), ""][:2]
     command = _COMMANDS.get(_ALIASES.get(name, name))
     if command is None:
-        raise InvalidRequest(f"There is no command {name}: /help lists them. A question begins with another character.")
-    takes, do, _ = command
-    if argument and not takes:
-        raise InvalidRequest(f"{name} takes nothing after it: leave {argument!r} out.")
-    if takes == _FILE and not argument:
-        raise InvalidRequest(f"{name} needs to know the file: {name} {takes}.")
-    return do(talk, argument) or talk
+        raise InvalidRequest(f"There is no command {name}. Type /help for a list.")
+    if argument and not command.argument:
+        raise InvalidRequest(f"{name} takes no argument. Leave {argument!r} out.")
+    if command.argument == _FILE and not argument:
+        raise InvalidRequest(f"{name} needs a file. Type {name} {_FILE}.")
+    return command.run(conversation, argument) or conversation
 
 
-def _tell(answer: Answer) -> None:
-    """Show an answer in a chat: Ctrl-C stops the answer, and nothing else."""
+def _show_turn(answer: Answer) -> None:
+    """Show an answer in a chat, where Ctrl-C stops it and the chat continues."""
     try:
         show(answer)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
-        stays = ": what has come stays in the conversation, /undo drops it" if answer.text else " before the first word"
-        print(f"(stopped{stays})", file=sys.stderr)
+        stays = ": its text stays in the conversation, /undo removes it" if answer.text else " before the first word"
+        _note(f"(stopped{stays})")
 
 
-def _help(talk: Conversation, _: str) -> None:
-    for name, (takes, _, help) in _COMMANDS.items():
-        print(f"  {name + ' ' + takes:15} {help}", file=sys.stderr)
-    print("A line that ends in a backslash goes on in the next.", file=sys.stderr)
+def _help(conversation: Conversation, _: str) -> None:
+    for name, command in _COMMANDS.items():
+        _note(f"  {name + ' ' + command.argument:15} {command.help}")
+    _note("A line that ends in a backslash continues in the next line.")
 
 
-def _system(talk: Conversation, text: str) -> None:
+def _system(conversation: Conversation, text: str) -> None:
     if text:
-        stream("?", system=text)  # which refuses what is no text
-        talk.system = text
-        print("(set, from the next question on)", file=sys.stderr)
+        build_request([], system=text)  # refuses what cannot be sent
+        conversation.system = text
+        _note("(set, from the next question on)")
     else:
-        print(talk.system or "(there is none)", file=sys.stderr)
+        _note(conversation.system or "(there is no system prompt)")
 
 
-def _undo(talk: Conversation, _: str) -> None:
-    before = len(talk.turns)
-    if not talk.undo():
-        raise InvalidRequest("There is nothing to undo: the conversation is empty.")
-    print("(forgotten)" if len(talk.turns) < before else "(the answer before is back)", file=sys.stderr)
+def _undo(conversation: Conversation, _: str) -> None:
+    before = len(conversation.turns)
+    if not conversation.undo():
+        raise InvalidRequest("There is nothing to undo. Ask a question first.")
+    _note("(the turn is removed)" if len(conversation.turns) < before else "(the previous answer is back)")
 
 
-def _regenerate(talk: Conversation, _: str) -> None:
-    _tell(talk.regenerate())
+def _regenerate(conversation: Conversation, _: str) -> None:
+    _show_turn(conversation.regenerate())
 
 
-def _window(talk: Conversation, _: str) -> None:
-    window = talk.window()
-    print(f"({window.tokens} of {window.size} tokens taken, {window.left} left)", file=sys.stderr)
+def _window(conversation: Conversation, _: str) -> None:
+    window = conversation.window()
+    _note(f"({window.tokens} of {window.size} tokens used, {window.left} left)")
 
 
-def _save(talk: Conversation, file: str) -> None:
-    with _naming(file) as path:
-        talk.save(path)
-    print(f"(saved to {path})", file=sys.stderr)
+def _save(conversation: Conversation, file: str) -> None:
+    with _readable_errors(file) as path:
+        conversation.save(path)
+    _note(f"(saved to {path})")
 
 
-def _load(talk: Conversation, file: str) -> Conversation:
-    with _naming(file) as path:
-        loaded = talk.load(path, **talk.options)
-    print(f"(turns loaded: {len(loaded.turns)}, and their system prompt)", file=sys.stderr)
+def _load(conversation: Conversation, file: str) -> Conversation:
+    with _readable_errors(file) as path:
+        loaded = Conversation.load(path, **conversation.options)
+    _note(f"(loaded, turns: {len(loaded.turns)})")
     return loaded
 
 
-def _exit(talk: Conversation, _: str) -> None:
+def _exit(conversation: Conversation, _: str) -> None:
     raise EOFError
 
 
 @contextlib.contextmanager
-def _naming(file: str) -> Iterator[str]:
-    """The path that was meant; what is wrong with it, in a sentence."""
+def _readable_errors(file: str) -> Iterator[str]:
+    """Enter with the path of `file`, and raise `InvalidRequest` if it cannot be read or written."""
     path = os.path.expanduser(file)
     try:
         yield path
     except InvalidRequest:
         raise
-    except (OSError, ValueError) as error:  # ValueError: no name at the end, or characters that no file takes
-        why = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"{path} cannot be used ({why}). Give another file.") from None
+    except (OSError, ValueError) as error:  # ValueError: a character that no file name may contain
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"{path} cannot be used ({reason}). Choose another file.") from None
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command: what it takes, and what it does. `run` returns a conversation if the chat continues with another."""
+
+    run: Callable[[Conversation, str], Conversation | None]
+    help: str
+    argument: str = ""
 
 
 _FILE = "FILE"
-_COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], Conversation | None], str]] = {
-    "/help": ("", _help, "lists the commands"),
-    "/system": ("[TEXT]", _system, "shows the system prompt; with a text sets it, from the next question on"),
-    "/undo": ("", _undo, "takes back the latest change: a question with its answer, or another answer"),
-    "/regenerate": ("", _regenerate, "answers the latest question again; another answer takes a --temperature above 0"),
-    "/window": ("", _window, "tells how much of the model's window the conversation takes"),
-    "/save": (_FILE, _save, "writes the conversation as JSON, its messages in OpenAI's format"),
-    "/load": (_FILE, _load, "goes on with a conversation from such a file, in place of this one"),
-    "/exit": ("", _exit, "ends the chat; so do /quit, /bye and Ctrl-D"),
+_COMMANDS = {
+    "/help": _Command(_help, "list the commands"),
+    "/system": _Command(_system, "show the system prompt, or replace it from the next question on", "[TEXT]"),
+    "/undo": _Command(_undo, "undo the latest question or /regenerate"),
+    "/regenerate": _Command(_regenerate, "answer the latest question again (use a --temperature above 0)"),
+    "/window": _Command(_window, "show how much of the context window the conversation uses"),
+    "/save": _Command(_save, "save the conversation as JSON, with messages in OpenAI's format", _FILE),
+    "/load": _Command(_load, "continue with a conversation from such a file", _FILE),
+    "/exit": _Command(_exit, "end the chat, like /quit, /bye and Ctrl-D"),
 }
 _ALIASES = {"/quit": "/exit", "/bye": "/exit"}

@@ -1,7 +1,7 @@
-"""The exceptions of this package, told apart by who can cure what happened.
+"""The exceptions of this package. Each class stands for one kind of failure that a caller handles differently.
 
-Each message is a sentence or two: what happened, and what to do now. The names cross the wire, so
-that a failure inside the service is raised in the reader's program as the same class.
+A message says what is wrong, and then what to do. Class names cross the wire, so a failure inside the service
+is raised in the client's program as the same class.
 """
 
 from __future__ import annotations
@@ -10,55 +10,54 @@ from collections.abc import Iterable
 
 
 class HelpersError(Exception):
-    """Anything that this package reports on purpose. Its text is meant to be shown as it is."""
+    """The base class. The text of these exceptions is written for users: show it as it is."""
 
 
 class InvalidRequest(HelpersError, ValueError):
-    """The request cannot be answered as it stands: ask differently."""
+    """The request cannot be answered as it stands. Change it and ask again."""
 
 
 class ModelUnavailable(HelpersError):
-    """A model cannot be found, may not be downloaded, does not fit or does not load here."""
+    """The model cannot be found, downloaded, loaded, or does not fit into memory."""
 
 
 class ServiceUnavailable(HelpersError, ConnectionError):
-    """No service could start, none answers, or it went away before its answer was complete."""
+    """No service could start, none answers, or it went away before the answer was complete."""
 
 
-class ServiceBusy(ServiceUnavailable):
-    """As many readers as the service takes are there already: ask again, in the time that the message says."""
+class QueueFull(ServiceUnavailable):
+    """The service's queue is full. Ask again after the time that the message gives."""
 
 
 class GenerationFailed(HelpersError, RuntimeError):
-    """The model raised while it was generating: what came before is not a whole answer."""
+    """The model raised an exception during generation. The text so far is not a complete answer."""
 
 
 _BY_NAME = {
-    cls.__name__: cls
-    for cls in (InvalidRequest, ModelUnavailable, ServiceUnavailable, ServiceBusy, GenerationFailed)
+    cls.__name__: cls for cls in (InvalidRequest, ModelUnavailable, ServiceUnavailable, QueueFull, GenerationFailed)
 }
 
 
 def to_wire(error: BaseException) -> str:
-    """One line of text for `error`, ``"ClassName: message"``, which `from_wire` reads back.
+    """Return `error` as one line of text, ``"ClassName: message"``, which `from_wire` reads back.
 
-    An exception from outside this family becomes a `GenerationFailed` that quotes it.
+    An exception that is not a `HelpersError` becomes a `GenerationFailed` that quotes it.
     """
     if not isinstance(error, HelpersError):
         error = GenerationFailed(
-            f"The service failed ({type(error).__name__}: {error}). What came before is not a whole answer; "
-            "ask again, and look into the service's log if it happens again."
+            f"The service failed ({type(error).__name__}: {error}), so the answer is not complete. "
+            "Ask again, and look into the service's log if it fails again."
         )
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def from_wire(text: str) -> HelpersError:
-    """The exception that `to_wire` described, ready to be raised."""
+    """Return the exception that `to_wire` described, ready to be raised."""
     return find_error([text]) or HelpersError(text)
 
 
 def find_error(lines: Iterable[str]) -> HelpersError | None:
-    """The exception of the last of `lines`, such as those of a log, that `to_wire` wrote, or None."""
+    """Return the exception of the last line that `to_wire` wrote, or None. `lines` may be those of a log."""
     for line in reversed(list(lines)):
         name, _, message = line.partition(": ")
         if name in _BY_NAME:

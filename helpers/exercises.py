@@ -1,7 +1,7 @@
-"""The notebooks' exercises: whether an answer is right, and a hint where it is not.
+"""The notebooks' exercises: check an answer, and give a hint if it is wrong.
 
-Knows what is right, in few words why, and what to think of next; never says an answer. The questions stand in
-the notebooks, and worked answers in ``notebooks/solutions/``.
+Knows what is right, a short reason, and a hint; never shows an answer. The questions are in the notebooks, and
+worked answers in ``notebooks/solutions/``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from .prompts import check_dialog
 
 @dataclass(frozen=True)
 class Exercise:
-    """`is_right` judges an answer of any type; where it raises, the answer is not right. `why` and `hint` are
-    whole sentences, `why` without "because"."""
+    """`is_right` judges an answer of any type; if it raises, the answer is wrong. `why` and `hint` are sentences."""
 
     is_right: Callable[[Any], bool]
     why: str
@@ -31,11 +30,11 @@ class Exercise:
 def check(number: str, answer: Any) -> None:
     """Print, in one line, whether `answer` is right for exercise `number` (``"1.1"``: notebook.number).
 
-    ``...`` is no answer yet. Where judging the answer raises, because it is of another type or a function that
-    fails, the line names the exception. Raises `InvalidRequest` for an unknown number.
+    ``...`` means no answer yet. If judging the answer raises, because it has another type or is a function that
+    fails, the line names the exception. Raise `InvalidRequest` for an unknown number.
     """
     if number not in EXERCISES:
-        raise InvalidRequest(f"There is no exercise {number!r}. Ask for one of: {', '.join(EXERCISES)}.")
+        raise InvalidRequest(f"There is no exercise {number!r}. Choose one of: {', '.join(EXERCISES)}.")
     exercise = EXERCISES[number]
     print(f"{number}: {_verdict(exercise, answer)}")
 
@@ -44,14 +43,14 @@ def _verdict(exercise: Exercise, answer: Any) -> str:
     if answer is ...:
         return "no answer yet. Replace the ... above."
     try:
-        right, trouble = exercise.is_right(answer), ""
+        is_right, raised = exercise.is_right(answer), ""
     except Exception as error:
-        right, trouble = False, " ".join(f" It raised {type(error).__name__}: {str(error).rstrip('.')}.".split("\n"))
-    return f"right. {exercise.why}" if right else f"not yet.{trouble} Hint: {exercise.hint}"
+        is_right, raised = False, " ".join(f" It raised {type(error).__name__}: {str(error).rstrip('.')}.".split("\n"))
+    return f"right. {exercise.why}" if is_right else f"not yet.{raised} Hint: {exercise.hint}"
 
 
 def number_near(value: float, *, within: float = 0.0) -> Callable[[Any], bool]:
-    """Judges a number: right from ``value - within`` to ``value + within``. Text is never right."""
+    """Return a judge of numbers: right from ``value - within`` to ``value + within``. Text is never right."""
 
     def is_right(answer: Any) -> bool:
         is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
@@ -61,12 +60,12 @@ def number_near(value: float, *, within: float = 0.0) -> Callable[[Any], bool]:
 
 
 def word(value: str) -> Callable[[Any], bool]:
-    """Judges a word, whatever its case."""
+    """Return a judge of words, which ignores case."""
     return lambda answer: isinstance(answer, str) and answer.strip().lower() == value
 
 
 def _remembers(extend: Any) -> bool:
-    """Judges exercise 2.2."""
+    """Judge exercise 2.2."""
     so_far = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     given = copy.deepcopy(so_far)
     asked = [{"role": "assistant", "content": "Good day."}, {"role": "user", "content": "And you?"}]
@@ -74,12 +73,13 @@ def _remembers(extend: Any) -> bool:
 
 
 def _reads_streams(text_of: Any) -> bool:
-    """Judges exercise 3.3: by a whole stream, one that failed, and two that broke off."""
-    from .schemas import ModelOutputDocument  # takes seconds, where nobody else needs it
+    """Judge exercise 3.3 by a complete stream, a failed one, and two without a last document."""
+    from .schemas import ModelOutputDocument  # takes seconds, and no other exercise needs it
 
     pieces = [ModelOutputDocument(token_id=n, generated_text=text) for n, text in enumerate(("A", " b"))]
     end = ModelOutputDocument(token_id=-1, generated_text="c", finish_reason="length")
-    failed = ModelOutputDocument(token_id=-1, generated_text="", finish_reason="error", error="GenerationFailed: no memory")
+    error = "GenerationFailed: no memory"
+    failed = ModelOutputDocument(token_id=-1, generated_text="", finish_reason="error", error=error)
     for broken in ([*pieces, failed], pieces, []):
         try:
             text_of(broken)
@@ -89,15 +89,15 @@ def _reads_streams(text_of: Any) -> bool:
     return bool(text_of([*pieces, end]) == "A bc")
 
 
-def _is_no_riddle(messages: Any) -> bool:
-    """Judges exercise 4.1. Raises `InvalidRequest` for what is no dialog."""
+def _explains_itself(messages: Any) -> bool:
+    """Judge exercise 4.1. Raise `InvalidRequest` for what is not a dialog."""
     texts = [message["content"] for message in check_dialog(messages)]
-    has_words = len(texts) == 3 and bool(texts[1].strip())
-    return has_words and texts[-1].strip() == "And of Italy?" and "capital" in f"{texts[0]} {texts[1]}".lower()
+    has_answer = len(texts) == 3 and bool(texts[1].strip())
+    return has_answer and texts[-1].strip() == "And of Italy?" and "capital" in f"{texts[0]} {texts[1]}".lower()
 
 
 def _fits_turns(dropped: Any) -> bool:
-    """Judges exercise 4.2: with room for all, for all to a token, for some of uneven ones, and for none."""
+    """Judge exercise 4.2 by windows that hold all turns, all to the last token, some, and none."""
     cases = {
         ((), 100): 0,
         ((30, 30, 30), 100): 0,
@@ -114,27 +114,23 @@ def _fits_turns(dropped: Any) -> bool:
 
 
 def _turns() -> list[Any]:
-    """Turns with answers of every kind."""
-    from .client import Answer, Turn  # takes seconds, where nobody else needs it
+    """Return turns with answers of every kind."""
+    from .answer import Answer
+    from .conversation import Turn  # takes seconds, and only two exercises need it
 
-    turns = []
-    for question, text, reason in (
-        ("Who?", "Ada.", "stop"),
-        ("Why?", "", "cancelled"),
-        ("Where?", "In Lon", "cancelled"),
-        ("What?", "", "error"),
-        ("How?", "By writ", "length"),
-        ("When? 🦙", "In 18", "error"),
-        ("Why?", "", "cancelled"),
-    ):
-        answer = Answer()
-        answer.text, answer.finish_reason = text, reason
-        turns.append(Turn(question, answer))
-    return turns
+    return [
+        Turn("Who?", Answer.ended("Ada.", "stop")),
+        Turn("Why?", Answer.ended("", "cancelled")),
+        Turn("Where?", Answer.ended("In Lon", "cancelled")),
+        Turn("What?", Answer.ended("", "error")),
+        Turn("How?", Answer.ended("By writ", "length")),
+        Turn("When? 🦙", Answer.ended("In 18", "error")),
+        Turn("Why?", Answer.ended("", "cancelled")),
+    ]
 
 
 def _sends_what_was_said(messages: Any) -> bool:
-    """Judges exercise 4.3."""
+    """Judge exercise 4.3."""
     right = []
     for question, answer in _turns():
         if answer.text:
@@ -143,16 +139,16 @@ def _sends_what_was_said(messages: Any) -> bool:
 
 
 def _finds_unanswered(questions: Any) -> bool:
-    """Judges exercise 4.4: by files with a system prompt and without one."""
-    from .client import Conversation
+    """Judge exercise 4.4 by files with and without a system prompt."""
+    from .conversation import Conversation
 
     right = [question for question, answer in _turns() if answer.finish_reason in ("cancelled", "error")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "talk.json"
         for system in (None, "Be kind."):
-            talk = Conversation(system)
-            talk.turns = _turns()
-            talk.save(path)
+            conversation = Conversation(system)
+            conversation.turns = _turns()
+            conversation.save(path)
             if list(questions(path)) != right:
                 return False
     return True
@@ -163,21 +159,21 @@ EXERCISES: dict[str, Exercise] = {
     "1.1": Exercise(
         number_near(26.0, within=0.1),
         "At 2 bytes each, a billion parameters are 2 GB.",
-        "Each parameter takes as many bytes as access.PRECISIONS says; 1e9 bytes are 1 GB.",
+        "memory.PRECISIONS has the bytes of one parameter; 1e9 bytes are 1 GB.",
     ),
     "1.2": Exercise(
         word("int8"),
-        "It is the most exact one that leaves room for keys and values too.",
-        "Ask access.fits, with free=24e9, for each of access.PRECISIONS, the most exact first.",
+        "It is the most exact one that leaves room for the KV cache too.",
+        "Ask memory.fits, with free=24e9, for each of memory.PRECISIONS, the most exact first.",
     ),
     "1.3": Exercise(
         number_near(2 * 40 * 5120 * 2),
         "So a full context of 4,096 tokens takes 3.4 GB.",
-        "Of each token, each layer keeps a key and a value; how many numbers is that, and how many bytes each?",
+        "Each layer keeps a key and a value for each token. How many numbers is that, and how many bytes each?",
     ),
     "1.4": Exercise(
         word("b"),
-        "A token that the Hub has forgotten opens nothing, whoever holds a copy.",
+        "A revoked token opens nothing, no matter who has a copy.",
         "Somebody may have copied it already. What makes that copy useless too?",
     ),
     # --- 02 Prompting ---
@@ -188,63 +184,63 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "2.2": Exercise(
         _remembers,
-        "All that was said goes along, in order.",
+        "The next request holds the whole dialog, in order.",
         "Make a new list: the messages, then the answer as the assistant's, then the question as the user's.",
     ),
     "2.3": Exercise(
         number_near((4096 - 256 - 150 - 20) // 300),
-        "What is left after everything that must stay is divided among whole turns.",
-        "Take from the window what always stays and what is kept free; only whole turns fit into the rest.",
+        "Whole turns share what is left after everything that must stay.",
+        "Subtract from the window what always stays and what is kept free. How many whole turns fit into the rest?",
     ),
     "2.4": Exercise(
         word("b"),
-        "It holds a tag of the schema; the others are words, even where they mean harm.",
+        "It holds a tag of the prompt format; the others are plain words, even if they mean harm.",
         "Look for one of prompts.SPECIAL_TAGS.",
     ),
     # --- 03 Streaming ---
     "3.1": Exercise(
         number_near(sum(100 + made for made in range(50))),
-        "Each call reads the prompt and all that was made before: that sum grows with the square of the length.",
+        "Each call reads the prompt and all earlier tokens, so the sum grows with the square of the length.",
         "The first call reads 100 tokens, the second 101. What does the fiftieth read? Add them all up.",
     ),
     "3.2": Exercise(
         number_near(100 + 49),
-        "Every token is read once, and the last one by nobody.",
-        "What was read once is not read again. How many tokens are in the prompt, and how many come after it?",
+        "Every token is read once, except the last one, which is never read.",
+        "No token is read twice. How many tokens are in the prompt, and how many come after it?",
     ),
     "3.3": Exercise(
         _reads_streams,
-        "Only the last document can tell a whole answer from one that broke off.",
-        "Look at the last document: is there one, has it a finish_reason, and which?",
+        "Only the last document tells a complete answer from one that broke off.",
+        "Look at the last document. Is there one, does it have a finish_reason, and which?",
     ),
     "3.4": Exercise(
         number_near(0.5 + 40 * 0.1, within=0.001),
         "The time to the first token counts once, the inter-token latency for each token after it.",
-        "The first token is there after 0.5 s. How many are still to come, and how long does each take?",
+        "The first token comes after 0.5 s. How many follow, and how long does each take?",
     ),
     # --- 04 Conversation ---
     "4.1": Exercise(
-        _is_no_riddle,
-        "What is asked for stands in the turn before, so that turn has to be sent too.",
-        "What would have to be said before, so that you would understand the question? And who speaks in between? "
-        "(Three messages do, the last one word for word; the checker looks for the word capital.)",
+        _explains_itself,
+        "The earlier turn says what is asked for, so it must be sent too.",
+        "What must come first, so that you would understand the question? And who speaks in between? "
+        "(Three messages are enough, the last one word for word; the checker looks for the word capital.)",
     ),
     "4.2": Exercise(
         _fits_turns,
-        "The oldest go first and whole, and no more of them than it takes.",
-        "Take turns away at the old end, one by one. When do those that are left fit beside what is kept free? Of 30, 40 "
-        "and 30 tokens, with 412 kept free of 512, none has to go; of 30, 41 and 30, one. The list stays as it is.",
+        "The oldest turns go first, whole, and no more of them than necessary.",
+        "Drop turns from the old end, one by one. When do the remaining ones fit beside what is kept free? Of 30, 40 "
+        "and 30 tokens, with 412 of 512 kept free, none must go; of 30, 41 and 30, one. Do not change the list.",
     ),
     "4.3": Exercise(
         _sends_what_was_said,
-        "What was read of an answer is part of the dialog, and a question without any answer would break it.",
-        "An answer may be whole, a part, or empty. After which of the three can the next question not be asked? "
+        "A partial answer is part of the dialog, and a question without any answer would break it.",
+        "An answer may be complete, partial or empty. After which of the three can no question follow? "
         "(A message is a dict of role and content, and the content is text.)",
     ),
     "4.4": Exercise(
         _finds_unanswered,
-        "How an answer ended stands beside the messages, not in them.",
-        "The file has as many answers as it has messages of the user. What does the finish_reason of each say? "
-        "(One that max_tokens cut off, length, was neither stopped, cancelled, nor has it failed, error.)",
+        "The file says beside the messages, not in them, how an answer ended.",
+        "The file has one entry in answers for each message of the user. What does its finish_reason say? "
+        "(cancelled means stopped, error means failed; length, cut off by max_tokens, is neither.)",
     ),
 }

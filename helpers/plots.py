@@ -1,9 +1,8 @@
-"""What the notebooks show instead of rows of numbers: pictures, and the check of the machine as a table.
+"""The notebooks' pictures, and the check of the machine as a table.
 
-Knows matplotlib, and how to draw so that everybody can read it; measures and decides nothing. Every picture
-brings its own white ground, because a notebook may be read in a dark theme; what its colours say (Okabe and
-Ito's, https://jfly.uni-koeln.de/color/) a hatch, a marker or a word says too; and it has a text for whoever
-does not see it.
+Draws, but measures and decides nothing. Every picture has a white background, because a notebook may have a dark
+theme. Its colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), a hatch, a marker or a word repeats what
+they say, and an alternative text describes it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,17 +19,22 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from . import access
+from .catalog import KNOWN_PARAMETERS, LLAMA2
+from .checks import CheckResult, format_table
+from .hardware import Machine
+from .memory import memory_needed
 
 BLUE, VERMILLION, BLACK = "#0072B2", "#D55E00", "#000000"
 
 _DOTS_PER_INCH = 100
-_PIXELS_PER_DOT = 2  # for screens that are finer than 100 dots per inch
+_PIXELS_PER_DOT = 2  # for screens with more than 100 dots per inch
 
 
 class Picture:
-    """A drawing, as a notebook shows it. `alt` says in sentences what is to be seen; without what was measured,
-    so that it is the same in every run."""
+    """A drawing, as a notebook shows it.
+
+    `alt` describes it in sentences, but without measured values, so that the text is the same in every run.
+    """
 
     def __init__(self, figure: Figure, alt: str) -> None:
         self.figure = figure
@@ -39,7 +44,7 @@ class Picture:
         return self.alt
 
     def png(self) -> bytes:
-        """The drawing as a PNG file."""
+        """Return the drawing as the bytes of a PNG file."""
         file = io.BytesIO()
         self.figure.savefig(file, format="png", dpi=_DOTS_PER_INCH * _PIXELS_PER_DOT)
         return file.getvalue()
@@ -51,7 +56,7 @@ class Picture:
 
 
 def _drawing(*, width: float, height: float) -> tuple[Figure, Axes]:
-    """A white figure, in inches, and its axes. Not by pyplot, which would keep it, and show it once more."""
+    """Return a white figure, in inches, and its axes. pyplot would keep the figure, and show it a second time."""
     rim = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), facecolor="white", layout=rim)
     axes = figure.add_subplot()
@@ -61,24 +66,24 @@ def _drawing(*, width: float, height: float) -> tuple[Figure, Axes]:
 
 # --- 01 Access ------------------------------------------------------------------------------------
 
-SIZES = {"7B": access.KNOWN_PARAMETERS[access.LLAMA2], "13B": 13_015_864_320, "70B": 68_976_648_192}
-"""Llama 2's sizes → parameters: the shapes that their ``config.json`` implies."""
+SIZES = {"7B": KNOWN_PARAMETERS[LLAMA2], "13B": 13_015_864_320, "70B": 68_976_648_192}
+"""Sizes of Llama 2 → parameters, from the shapes that their ``config.json`` implies."""
 
 
 class CheckTable:
-    """The lines of `access.check` as a table, with a cure for each that is not ok."""
+    """The results of `helpers.checks.check` as a table, with a fix for each that is not ok."""
 
-    def __init__(self, lines: Sequence[access.Line]) -> None:
-        self.lines = list(lines)
+    def __init__(self, results: Sequence[CheckResult]) -> None:
+        self.results = list(results)
 
     def __repr__(self) -> str:
-        return access.check_table(self.lines)
+        return format_table(self.results)
 
     def _repr_markdown_(self) -> str:
         rows = ["| ok? | what | found | what to do |", "|:--|:--|:--|:--|"]
-        for line in self.lines:
-            cells = [line.name, line.finding, "" if line.ok else line.cure]
-            rows.append(f"| {'ok' if line.ok else '**no**'} | {' | '.join(map(_cell, cells))} |")
+        for result in self.results:
+            cells = [result.name, result.finding, "" if result.ok else result.fix]
+            rows.append(f"| {'ok' if result.ok else '**no**'} | {' | '.join(map(_cell, cells))} |")
         return "\n".join(rows)
 
 
@@ -86,21 +91,23 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
-def memory(here: access.Machine) -> Picture:
-    """The GB that each size of Llama 2 needs at bf16, int8 and nf4, against those that are free on `here`: on
-    its GPU, or in RAM where it has none."""
+def memory(here: Machine) -> Picture:
+    """Return a bar for each size of Llama 2 at bf16, int8 and nf4, in GB, and a line at the memory that is free.
+
+    That is the memory of the GPU, or RAM if `here` has no GPU.
+    """
     free = here.gpu.free if here.gpu else here.ram_available
     fits: dict[str, Any] = {"facecolor": BLUE, "edgecolor": BLUE}
     too_large: dict[str, Any] = {"facecolor": "white", "edgecolor": VERMILLION, "hatch": "////"}
     needs = {
-        f"{size} at {precision}": access.memory_needed(parameters, precision)
+        f"{size} at {precision}": memory_needed(parameters, precision)
         for size, parameters in SIZES.items()
         for precision in ("bf16", "int8", "nf4")
     }
     labels = [f"{name}: {needed / 1e9:.1f} GB" for name, needed in needs.items()]
-    places = [row + 0.6 * (row // 3) for row in range(len(needs))]  # a gap between two sizes
+    places = [row + 0.6 * (row // 3) for row in range(len(needs))]  # with a gap between two sizes
     figure, axes = _drawing(width=8, height=4.5)
-    for place, needed in zip(places, needs.values()):
+    for place, needed in zip(places, needs.values(), strict=True):
         axes.barh(place, needed / 1e9, **(fits if needed <= free else too_large))
     axes.set_yticks(places, labels)
     axes.tick_params(left=False)
@@ -112,8 +119,8 @@ def memory(here: access.Machine) -> Picture:
     axes.legend(handles=legend, loc="upper right", framealpha=1)
     return Picture(
         figure,
-        f"Nine bars, the memory that Llama 2 needs: {', '.join(labels)}. A dashed line marks what is free on this "
-        "machine: bars that end before it are filled, those that reach beyond it are hatched.",
+        f"Nine bars, the memory that Llama 2 needs: {', '.join(labels)}. A dashed line marks the memory that is free "
+        "on this machine. Bars that end before it are filled, and bars that cross it are hatched.",
     )
 
 
@@ -123,8 +130,10 @@ _TINTS = ("#CFE8F7", "#FBE3B5", "#CDEBDD", "#F6D5E6", "#F3EFB0")
 
 
 class Tokens:
-    """The pieces that `ids` stand for, side by side, each above its id. Neighbours differ in tint, and a special
-    token has a frame."""
+    """The pieces of text that `ids` stand for, side by side, each above its id.
+
+    Neighbours differ in tint, and a special token has a frame.
+    """
 
     def __init__(self, ids: Sequence[int], tokenizer: Any) -> None:
         self.ids = list(ids)
@@ -132,7 +141,7 @@ class Tokens:
         self._special = set(tokenizer.all_special_ids)
 
     def __repr__(self) -> str:
-        return " ".join(f"{piece}·{token_id}" for piece, token_id in zip(self.pieces, self.ids))
+        return " ".join(f"{piece}·{token_id}" for piece, token_id in zip(self.pieces, self.ids, strict=True))
 
     def _repr_html_(self) -> str:
         return f'<div style="line-height: 1.3">{"".join(map(self._span, range(len(self.ids))))}</div>'
@@ -147,13 +156,16 @@ class Tokens:
 
 
 def window(sent: Sequence[int], whole: Sequence[int], *, window: int, kept_free: int) -> Picture:
-    """How a conversation outgrows the model's window: for request n, `sent[n]` tokens of the `whole[n]` that were
-    said. Of the `window` tokens, `kept_free` are for the answer."""
+    """Return a bar for each request of a conversation that outgrows the context window.
+
+    Request n sends `sent[n]` tokens of the `whole[n]` in the dialog. `kept_free` of the `window` tokens are reserved
+    for the answer.
+    """
     figure, axes = _drawing(width=8, height=4)
     requests = range(1, len(sent) + 1)
     dropped: dict[str, Any] = {"facecolor": "white", "edgecolor": VERMILLION, "hatch": "///"}
     axes.bar(requests, sent, color=BLUE, label="sent to the model")
-    for request, part, all_of_it in zip(requests, sent, whole):
+    for request, part, all_of_it in zip(requests, sent, whole, strict=True):
         if part < all_of_it:
             axes.bar(request, all_of_it - part, bottom=part, **dropped)
     axes.axhline(window, color=BLACK, linewidth=1.5)
@@ -167,8 +179,8 @@ def window(sent: Sequence[int], whole: Sequence[int], *, window: int, kept_free:
     axes.legend(handles=legend, loc="upper left", bbox_to_anchor=(0, 0.88), frameon=False)
     return Picture(
         figure,
-        "Bars: the prompt grows with each request until it reaches the room that is kept for the answer, just "
-        "below the window. From then on the oldest turns are dropped, and what is sent stays below that line.",
+        "Bars: the prompt grows with each request until it reaches the room for the answer, just below the window. "
+        "From then on the oldest turns are dropped, and the prompt stays below that line.",
     )
 
 
@@ -178,10 +190,9 @@ _SERIES = ((BLUE, "o"), (VERMILLION, "s"), (BLACK, "^"))
 
 
 def timeline(moments: Mapping[str, Sequence[float]]) -> Picture:
-    """Who got something to read when: a row for each reader, a mark at each of its `moments`, in seconds since
-    it asked."""
+    """Return a row for each client, with a mark at each of its `moments`, in seconds since its request."""
     figure, axes = _drawing(width=8, height=0.9 + 0.6 * len(moments))
-    for row, (reader, times) in enumerate(moments.items()):
+    for row, times in enumerate(moments.values()):
         colour, marker = _SERIES[row % len(_SERIES)]
         axes.plot([0, max(times)], [row, row], color="#999999", linewidth=1, zorder=1)
         axes.scatter(times, [row] * len(times), color=colour, marker=marker, s=24, zorder=2)
@@ -189,20 +200,22 @@ def timeline(moments: Mapping[str, Sequence[float]]) -> Picture:
     axes.set(xlabel="seconds since the question", ylim=(len(moments) - 0.5, -0.5))
     axes.set_xlim(left=0)
     axes.tick_params(left=False)
-    readers = ", ".join(moments)
+    clients = ", ".join(moments)
     return Picture(
         figure,
-        f"Timeline with a row for each reader, from the top: {readers}. A mark stands where a piece of the answer came.",
+        f"Timeline with a row for each client, from the top: {clients}. Each mark is a piece of the answer.",
     )
 
 
 def costs(moments: Mapping[str, Sequence[float]]) -> Picture:
-    """What one more token cost: for each service the `moments`, in seconds, at which its tokens came."""
+    """Return the time of each token after the first, in ms, for each service. `moments` are in seconds."""
     figure, axes = _drawing(width=8, height=4)
-    for (service, times), (colour, marker) in zip(moments.items(), _SERIES):
-        gaps = [1000 * (after - before) for before, after in zip(times, times[1:])]
+    for (service, times), (colour, marker) in zip(moments.items(), _SERIES, strict=False):
+        gaps = [1000 * (after - before) for before, after in itertools.pairwise(times)]
         axes.plot(range(2, len(times) + 1), gaps, marker, color=colour, markersize=4, label=service)
     axes.set(xlabel="token of the answer", ylabel="ms for this token", ylim=(0, None))
     axes.legend(loc="upper left", frameon=False)
     services = " and ".join(moments)
-    return Picture(figure, f"Dots, one for each token: the milliseconds that it took {services}, from the first token to the last.")
+    return Picture(
+        figure, f"Dots, one for each token: the milliseconds that it took {services}, from the first to the last."
+    )

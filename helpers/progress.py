@@ -1,7 +1,6 @@
-"""Show that something is under way: a line in a terminal, a bar in a notebook, nothing elsewhere.
+"""Show progress: a line in a terminal, a bar in a notebook, nothing elsewhere.
 
-It moves also while nobody reports anything. What a notebook stores of it is its title, so that a stored
-output does not depend on the time that something took.
+It moves even between reports. A notebook stores only the title, so that a stored output does not depend on time.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ import io
 import shutil
 import sys
 import threading
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_DRAW_INTERVAL = 0.2  # seconds
 
 
 @contextlib.contextmanager
 def progress(title: str, total: float | None = None) -> Iterator[Callable[..., None]]:
     """Show `title`, and the seconds that have passed, until the block ends.
 
-    ``with progress("Measuring", total=100) as show:`` and then ``show("with a cache", done=3)``: what is being
-    done now, and how much of `total`, in whatever unit that counts, has been done. Either may be left out.
-    `show` only takes note, so it may be called as often as you like.
+    ``with progress("Measuring", total=100) as show:`` and then ``show("with a cache", done=3)`` adds what is being
+    done, and how much of `total` is done, in the same unit. Both are optional. `show` is cheap: call it often.
     """
     options = {
         "desc": title,
@@ -35,11 +34,8 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[..., N
         "leave": False,
     }
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and shell.has_trait("kernel"):
-        opened = _in_notebook(title, options)
-    else:
-        opened = _in_terminal(options)
-
+    is_notebook = shell is not None and shell.has_trait("kernel")
+    opened = _in_notebook(title, options) if is_notebook else _in_terminal(options)
     width = shutil.get_terminal_size().columns - len(" (00:00) ")
 
     with opened as (bar, draw):
@@ -49,31 +45,32 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[..., N
             if done is not None:
                 bar.n = done
 
-        def look() -> None:
-            while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+        def draw_until_the_end() -> None:
+            while not ended.wait(_DRAW_INTERVAL):
                 draw()
 
         ended = threading.Event()
-        # in the caller's context: by it a kernel knows which cell a message belongs to
-        looking = threading.Thread(target=contextvars.copy_context().run, args=(look,), daemon=True)
-        looking.start()
+        # in the caller's context, from which a kernel knows the cell that a message belongs to
+        run = contextvars.copy_context().run
+        drawing = threading.Thread(target=run, args=(draw_until_the_end,), daemon=True)
+        drawing.start()
         try:
             yield show
         finally:
             ended.set()
-            looking.join()
+            drawing.join()
 
 
 @contextlib.contextmanager
 def _in_terminal(options: dict[str, Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """A tqdm bar on stderr, where that is a terminal, and what draws it."""
+    """Yield a tqdm bar on stderr, which shows nothing if stderr is not a terminal, and the function that draws it."""
     with tqdm(disable=None, **options) as bar:
         yield bar, bar.refresh
 
 
 @contextlib.contextmanager
 def _in_notebook(title: str, options: dict[str, Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """A tqdm bar in the cell's output, made of widgets or else of text, and what draws it."""
+    """Yield a tqdm bar in the cell's output, of widgets or else of text, and the function that draws it."""
     from IPython.display import Pretty, display
 
     if importlib.util.find_spec("ipywidgets") is None:
@@ -95,7 +92,7 @@ def _in_notebook(title: str, options: dict[str, Any]) -> Iterator[tuple[Any, Cal
 
         def draw() -> None:
             if bar.total is None:
-                bar.n = (bar.n + 0.2) % 1.2  # tqdm's little square, which fills again and again
+                bar.n = (bar.n + 0.2) % 1.2  # fills tqdm's small square again and again
             bar.refresh()
 
         try:

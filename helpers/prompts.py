@@ -1,9 +1,8 @@
 """From messages to the text and the token ids that a chat model was trained on.
 
-Knows the prompt schema of Llama-2-Chat, letter for letter and id for id as in Meta's reference
-(``chat_completion`` in ``llama/generation.py`` of github.com/meta-llama/llama), how to use another
-model's own chat template, and which dialogs are no dialogs. Does not know models, services or
-documents: a tokenizer is handed in, and nothing is ever generated or loaded here.
+For Llama-2-Chat, text and ids are exactly those of Meta's reference (``chat_completion`` in
+``llama/generation.py`` of github.com/meta-llama/llama); any other model has its own chat template.
+This module loads no model and generates nothing: the caller passes a tokenizer.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
-# The article's example.
 SYSTEM_PROMPT = (
     "You are a helpful, respectful, and honest assistant. Always answer as helpfully as possible "
     "while being safe. Your answers should not include any harmful, unethical, racist, sexist, "
@@ -51,49 +49,50 @@ SYSTEM_PROMPT = (
     "answering something incorrectly. If you don't know the answer to a question, don't share "
     "false information."
 )
+"""The article's."""
 QUESTION = "If I punch myself in the face and it hurts, am I weak or strong?"
+"""The article's."""
 
 # Meta's names and values.
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
 
-# How Llama 2's tokenizer spells its BOS and EOS ids in a text.
 BOS, EOS = "<s>", "</s>"
+"""How a text spells the BOS and EOS ids of Llama 2."""
 
 
 def check_dialog(messages: object, *, special_tokens: Iterable[str] = ()) -> list[Message]:
-    """The dialog as a new list of plain messages, or `InvalidRequest` with what to mend.
+    """Return the dialog as a new list of plain messages. Raise `InvalidRequest` if it is not a dialog.
 
-    A dialog is an optional system message, then user and assistant in turn, the last one from the
-    user (Meta's rule). No system or user message may hold one of the four tags (Meta's rule too; here it
-    holds for every model) or one of `special_tokens`. Meta's rule is the same for the assistant's, so that
-    a model that once wrote a tag could not be asked again; here it is written with a blank after its
-    first character, which makes it ordinary text. Stricter than Meta: a user message must say something,
-    because a model answers an empty one with whatever comes to its mind. Keys of a message other
-    than ``role`` and ``content`` are left out of the result.
+    A dialog is an optional system message, then user and assistant messages in turn, and ends with a user message
+    (Meta's rule). System and user messages must not contain any of the four tags (Meta's rule, here for every
+    model) or of `special_tokens`. In an assistant message, a space after its first character turns such a tag
+    into ordinary text: Meta refuses it, and then a model that once wrote a tag could not be asked again. Stricter
+    than Meta, a user message must not be empty, because models answer an empty one with something arbitrary.
+    Keys of a message other than ``role`` and ``content`` are dropped.
     """
     forbidden = (*SPECIAL_TAGS, *special_tokens)
-    checked = [_check_words(m, n, forbidden) for n, m in enumerate(check_history(messages), start=1)]
+    checked = [_check_content(m, n, forbidden) for n, m in enumerate(check_history(messages), start=1)]
     if not checked:
-        raise InvalidRequest("The dialog is empty: send at least one user message.")
+        raise InvalidRequest("The dialog is empty. Send at least one user message.")
     if checked[-1]["role"] != "user":
         raise InvalidRequest(
-            f"Message {len(checked)} ({checked[-1]['role']}) is the last one, so there is nothing "
-            "to answer: end the dialog with a user message."
+            f"Message {len(checked)} ({checked[-1]['role']}) is the last one, so there is nothing to answer. "
+            "End the dialog with a user message."
         )
     return checked
 
 
 def check_history(messages: object) -> list[Message]:
-    """What was said so far as a new list of plain messages: a dialog, perhaps without its last question.
+    """Return the messages so far as a new list of plain messages; it may be empty and end with any role.
 
-    Whatever its words are; and it may be empty. Raises `InvalidRequest` with what to mend.
+    Their contents are not checked. Raise `InvalidRequest` if a message is malformed or the roles do not alternate.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise InvalidRequest(
-            f"A dialog is a list of messages, and this is a {type(messages).__name__}: "
-            "send [{'role': 'user', 'content': 'your question'}]."
+            f"A dialog is a list of messages, and this is a {type(messages).__name__}. "
+            "Send [{'role': 'user', 'content': 'your question'}]."
         )
     checked = [_check_message(m, n) for n, m in enumerate(messages, start=1)]
     first_user = int(bool(checked) and checked[0]["role"] == "system")
@@ -101,14 +100,14 @@ def check_history(messages: object) -> list[Message]:
         expected = ("user", "assistant")[(number - 1 - first_user) % 2]
         if message["role"] == "system":
             raise InvalidRequest(
-                f"Message {number} (system) comes too late: a dialog has at most one system "
-                "message, and it is the first. Move it to the front, or join it to the first one."
+                f"Message {number} (system) is not the first message of the dialog. "
+                "Send one system message at most, and send it first."
             )
         if message["role"] != expected:
             raise InvalidRequest(
-                f"Message {number} ({message['role']}) is out of turn: user and assistant "
-                f"alternate, the user begins, and here the {expected} should speak. Join two "
-                "messages of one speaker, or put in the one that is missing."
+                f"Message {number} ({message['role']}) is out of turn: user and assistant alternate, the user "
+                f"begins, and this message should be the {expected}'s. Join two messages of one role, or add the "
+                "missing one."
             )
     return checked
 
@@ -118,72 +117,66 @@ def _check_message(message: object, number: int) -> Message:
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or not isinstance(content, str):
         raise InvalidRequest(
-            f"Message {number} is not a dict whose 'role' and 'content' are both text: "
-            "write it as {'role': 'user', 'content': 'your question'}."
+            f"Message {number} is not a dict whose 'role' and 'content' are both text. "
+            "Write it as {'role': 'user', 'content': 'your question'}."
         )
     if role not in ("system", "user", "assistant"):
-        raise InvalidRequest(
-            f"Message {number} has the unknown role {role!r}: use 'system', 'user' or 'assistant'."
-        )
-    _check_text(content, f"Message {number} ({role})")
+        raise InvalidRequest(f"Message {number} has the unknown role {role!r}. Use 'system', 'user' or 'assistant'.")
+    _check_unicode(content, f"Message {number} ({role})")
     return {"role": role, "content": content}  # type: ignore[typeddict-item]
 
 
-def _check_words(message: Message, number: int, forbidden: Sequence[str]) -> Message:
+def _check_content(message: Message, number: int, forbidden: Sequence[str]) -> Message:
     role, content = message["role"], message["content"]
-    where = f"Message {number} ({role})"
+    place = f"Message {number} ({role})"
     if role == "assistant":
         for text in forbidden:
             content = content.replace(text, f"{text[0]} {text[1:]}")
     for text in forbidden:
         if text in content:
             raise InvalidRequest(
-                f"{where} holds {text!r}, which marks for the model who is speaking: in a message "
-                "it could pass off one speaker's words as another's (prompt injection). "
-                "Take it out, or spell it differently."
+                f"{place} contains {text!r}, which tells the model who is speaking, so it could pass off one "
+                "speaker's words as another's (prompt injection). Remove it, or spell it differently."
             )
     if role == "user" and not content.strip():
-        raise InvalidRequest(f"{where} is empty: write what the model should answer.")
+        raise InvalidRequest(f"{place} is empty. Write what the model should answer.")
     return {"role": role, "content": content}
 
 
-def _check_text(text: str, where: str) -> None:
+def _check_unicode(text: str, place: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"{where} is not valid Unicode: its character {error.start + 1} is "
-            f"{text[error.start]!a}, half of a surrogate pair, which UTF-8 cannot carry. "
-            "Take it out, or read the text again with the right encoding."
+            f"{place} is not valid Unicode: its character {error.start + 1} is {text[error.start]!a}, half of a "
+            "surrogate pair. Remove it, or decode the text with the right encoding."
         ) from None
 
 
 def llama2_prompt(messages: Sequence[Message]) -> str:
-    """The whole dialog as one text in the Llama-2 schema, ``<s>`` and ``</s>`` written out.
+    """Return the whole dialog as one text in Llama 2's prompt format, with ``<s>`` and ``</s>`` written out.
 
-    A closed turn is ``<s>[INST] user [/INST] answer </s>``, and the last one ends at ``[/INST]``.
-    The system prompt goes in front of the first user message before that is stripped, as in Meta's
-    reference. Raises `InvalidRequest` for what `check_dialog` refuses and for a message that holds
-    ``<s>`` or ``</s>``.
+    A closed turn is ``<s>[INST] user [/INST] answer </s>``; the last turn ends at ``[/INST]``. As in Meta's
+    reference, the system prompt is put in front of the first user message before that is stripped.
+    Raise `InvalidRequest` for what `check_dialog` refuses, and for a message that contains ``<s>`` or ``</s>``.
     """
     *closed, last = _llama2_turns(check_dialog(messages, special_tokens=(BOS, EOS)))
     return "".join(f"{BOS}{turn}{EOS}" for turn in closed) + BOS + last
 
 
 def llama2_token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a dialog, or of a text in the Llama-2 schema, ready for the model.
+    """Return the token ids of a dialog, or of a text in Llama 2's prompt format.
 
-    From messages they are Meta's own: every turn is encoded alone, between the ids of BOS and EOS.
-    From a text it is the same: BOS and EOS where the tokenizer's own spelling of them stands
-    (``<s>``, ``</s>``), the segments between them encoded alone. Handing the whole text to a
-    tokenizer gives other ids: a second BOS, and with ``legacy=False``, Llama-2-7b-chat-hf's own
-    setting, ``[`` (29961) after ``<s>`` where Meta has ``▁[`` (518).
+    For messages the ids are Meta's: every turn is encoded alone, between the ids of BOS and EOS. A text is split
+    at the tokenizer's spelling of BOS and EOS (``<s>``, ``</s>``), and the segments are encoded alone too. If a
+    tokenizer encodes the whole text, the ids differ: a second BOS, and with ``legacy=False``, the setting of
+    Llama-2-7b-chat-hf, ``[`` (29961) after ``<s>``, where Meta has ``▁[`` (518).
 
-    A text always gets a BOS in front, and never two in a row. Whitespace around the whole text and
-    between ``</s>`` and ``<s>`` is not part of the prompt; inside a turn it stays as written.
+    The ids of a text always begin with one BOS and never contain two in a row. Whitespace around the text and
+    between ``</s>`` and ``<s>`` is dropped; inside a turn it stays.
 
-    Raises `InvalidRequest` for what `check_dialog` refuses (all of the tokenizer's special tokens
-    included), for a text without a word in it and for one that is not valid Unicode.
+    Raise `InvalidRequest` for what `check_dialog` refuses (with all special tokens of the tokenizer), and for a
+    text that is empty or not valid Unicode.
     """
     if isinstance(prompt, str):
         return _llama2_text_ids(prompt, tokenizer)
@@ -191,47 +184,45 @@ def llama2_token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> l
 
 
 def is_llama2(tokenizer: Tokenizer) -> bool:
-    """Whether the model was trained on the Llama-2 schema.
+    """Return whether the model was trained on Llama 2's prompt format.
 
-    Told by its chat template, which for Llama-2-Chat and its descendants writes ``[INST]`` and
-    ``<<SYS>>``; a path or a name would not tell. A copy without a template does not count.
+    The chat template decides, because a path or a name says nothing: for Llama-2-Chat and its descendants it
+    writes ``[INST]`` and ``<<SYS>>``. A copy without a template does not count as Llama 2.
     """
     template = str(tokenizer.chat_template)
     return B_INST in template and B_SYS.strip() in template
 
 
 def token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a dialog, or of a raw text, for whichever model the tokenizer belongs to.
+    """Return the token ids of a dialog, or of a raw text, for the model that the tokenizer belongs to.
 
-    Llama 2 gets `llama2_token_ids`. Any other model gets its own chat template (with whatever
-    system prompt that puts in by itself), and a raw text as its tokenizer encodes it, but never
-    with a BOS in front of the one that the text begins with.
+    Llama 2 gets `llama2_token_ids`. For any other model, a dialog goes through its own chat template (which may
+    add a system prompt), and a raw text is encoded by its tokenizer, without a second BOS if it begins with one.
 
-    Raises `InvalidRequest` for what `check_dialog` refuses (all of the tokenizer's special tokens
-    included), for messages that the model's template refuses or that it has no template for, and
-    for a text without a word in it or that is not valid Unicode.
+    Raise `InvalidRequest` for what `check_dialog` refuses (with all special tokens of the tokenizer), for messages
+    that the template refuses, for messages without a template, and for a text that is empty or not valid Unicode.
     """
     if not isinstance(prompt, str):
         return _dialog_ids(_check_for(prompt, tokenizer), tokenizer)
     if is_llama2(tokenizer):
         return _llama2_text_ids(prompt, tokenizer)
-    _check_prompt(prompt)
+    _check_text(prompt)
     bos = tokenizer.bos_token
     has_bos = bool(bos) and prompt.lstrip().startswith(bos)
     return tokenizer.encode(prompt, add_special_tokens=not has_bos)
 
 
 def count_tokens(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> int:
-    """How many tokens of the model's window the prompt takes; raises what `token_ids` raises."""
+    """Return how many tokens of the context window the prompt takes. Raise what `token_ids` raises."""
     return len(token_ids(prompt, tokenizer))
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A dialog that leaves room for its answer.
+class FittedDialog:
+    """A dialog that leaves enough of the context window for its answer.
 
-    `dropped_turns` counts the oldest turns, a question with its answer each, that are no longer
-    in `messages`; `token_ids` belong to the messages that are left.
+    - ``token_ids``: the ids of `messages`.
+    - ``dropped_turns``: how many of the oldest turns, each a question with its answer, were left out of `messages`.
     """
 
     messages: list[Message]
@@ -239,25 +230,25 @@ class Fitted:
     dropped_turns: int
 
 
-def fit_to_window(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, window: int, max_tokens: int
-) -> Fitted:
-    """The dialog without as many of its oldest turns as it takes to fit, and no more.
+def fit_to_window(messages: Sequence[Message], tokenizer: Tokenizer, *, window: int, max_tokens: int) -> FittedDialog:
+    """Drop the fewest of the oldest turns that let the dialog and its answer fit into the context window.
 
-    `window` is the model's context size in tokens (4096 for Llama 2), `max_tokens` the length kept
-    free for the answer. Turns go whole; the system prompt and the last question always stay.
-    The number of turns is found by bisection, so a long dialog is encoded a few times, not once per
-    turn. Raises `InvalidRequest` if what must stay does not fit, and for what `token_ids` refuses.
+    `window` is the context length in tokens (4096 for Llama 2); `max_tokens` of it are reserved for the answer. The
+    system prompt and the last question always stay. The number of turns is found by bisection, so a long dialog is
+    encoded a few times, not once per turn.
+
+    Raise `InvalidRequest` if the system prompt and the last question alone do not fit, and for what `token_ids`
+    refuses.
     """
     dialog = _check_for(messages, tokenizer)
     system = dialog[: int(dialog[0]["role"] == "system")]
     turns = dialog[len(system) :]
 
-    def without(dropped: int) -> Fitted:
+    def without(dropped: int) -> FittedDialog:
         left = [*system, *turns[2 * dropped :]]
-        return Fitted(left, _dialog_ids(left, tokenizer), dropped)
+        return FittedDialog(left, _dialog_ids(left, tokenizer), dropped)
 
-    def fits(fitted: Fitted) -> bool:
+    def fits(fitted: FittedDialog) -> bool:
         return len(fitted.token_ids) + max_tokens <= window
 
     whole = without(0)
@@ -276,33 +267,33 @@ def fit_to_window(
     return best
 
 
-def _too_long(least: Fitted, *, window: int, max_tokens: int) -> str:
+def _too_long(least: FittedDialog, *, window: int, max_tokens: int) -> str:
     taken = len(least.token_ids)
-    what, cure = "The last question takes", "shorten it"
+    what, fix = "The last question takes", "Shorten it"
     if len(least.messages) > 1:
-        what, cure = "The system prompt and the last question take", "shorten one of them"
+        what, fix = "The system prompt and the last question take", "Shorten one of them"
     if taken < window:
-        cure += f", or set max_tokens to {window - taken} or less"
+        fix += f", or set max_tokens to {window - taken} or less"
     return (
-        f"{what} {taken} tokens, and with max_tokens={max_tokens} for the answer that is "
-        f"{taken + max_tokens - window} more than the model's window of {window}: {cure}."
+        f"{what} {taken} tokens; with max_tokens={max_tokens} for the answer, that is "
+        f"{taken + max_tokens - window} more than the model's context window of {window}. {fix}."
     )
 
 
 def _check_for(messages: object, tokenizer: Tokenizer) -> list[Message]:
-    """`check_dialog` with the texts that this tokenizer would read as one special token.
+    """Return `check_dialog` with the texts that this tokenizer reads as one special token.
 
-    Whitespace, and added tokens that are not special (``<think>``), belong to ordinary messages.
+    Whitespace, and added tokens that are not special (``<think>``), may appear in messages.
     """
     added = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
     special = dict.fromkeys(map(str, (*tokenizer.all_special_tokens, *added)))
     return check_dialog(messages, special_tokens=[text for text in special if text.strip()])
 
 
-def _check_prompt(text: str) -> None:
-    _check_text(text, "The prompt")
+def _check_text(text: str) -> None:
+    _check_unicode(text, "The prompt")
     if not text.strip():
-        raise InvalidRequest("The prompt is empty: write what the model should continue.")
+        raise InvalidRequest("The prompt is empty. Write what the model should continue.")
 
 
 def _dialog_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
@@ -310,34 +301,31 @@ def _dialog_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
         return _llama2_dialog_ids(messages, tokenizer)
     if not tokenizer.chat_template:
         raise InvalidRequest(
-            "This model has no chat template, so it cannot take messages: "
-            "send it one raw text, as a prompt to /stream."
+            "This model has no chat template, so it cannot read messages. Send one raw text to /stream instead."
         )
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:
-        if "TemplateError" not in (cls.__name__ for cls in type(error).__mro__):
+        if "TemplateError" not in (cls.__name__ for cls in type(error).__mro__):  # jinja2 is not imported here
             raise
         raise InvalidRequest(
-            f"The model's chat template refuses these messages ({error}): change them as it says, "
-            "or send a raw text to /stream."
+            f"The model's chat template refuses these messages ({error}). Change them, or send a raw text to /stream."
         ) from error
     return list(ids)
 
 
 def _llama2_turns(messages: list[Message]) -> list[str]:
-    """The text between BOS and EOS of each turn; the last one is still open."""
+    """Return the text between BOS and EOS of each turn; the last turn has no answer yet."""
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         system, first, *rest = contents
         contents = [f"{B_SYS}{system}{E_SYS}{first}", *rest]
     contents = [content.strip() for content in contents]
-    closed = [
-        f"{B_INST} {user} {E_INST} {answer} " for user, answer in zip(contents[::2], contents[1::2])
+    closed = zip(contents[::2], contents[1::2], strict=False)
+    return [
+        *(f"{B_INST} {user} {E_INST} {answer} " for user, answer in closed),
+        f"{B_INST} {contents[-1]} {E_INST}",
     ]
-    return [*closed, f"{B_INST} {contents[-1]} {E_INST}"]
 
 
 def _llama2_dialog_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
@@ -349,7 +337,7 @@ def _llama2_dialog_ids(messages: list[Message], tokenizer: Tokenizer) -> list[in
 
 
 def _llama2_text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    _check_prompt(text)
+    _check_text(text)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     ids = [tokenizer.bos_token_id]
     for part in re.split(f"({re.escape(bos)}|{re.escape(eos)})", text.strip()):

@@ -1,30 +1,25 @@
-"""The documents that cross the wire, and nothing else: DocArray types, no model, no transport.
+"""The documents that cross the wire: DocArray types, and nothing else.
 
-`PromptDocument(prompt, max_tokens)` and `ModelOutputDocument(token_id, generated_text)` are the
-service schemas of the article "Building a streaming API for Llama 2". Every field added to them
-has a default, so a client that knows only the article's two classes reads and writes them too.
+`PromptDocument(prompt, max_tokens)` and `ModelOutputDocument(token_id, generated_text)` are the schemas of the
+article "Building a streaming API for Llama 2". Every field that we add has a default, so a client that knows
+only the article's two classes reads and writes these too.
 
-A stream is any number of `ModelOutputDocument`, one for each token, and then one last that carries
-`finish_reason`. A stream without that last document has failed, however it ended.
+A stream is one `ModelOutputDocument` per token, and then a last one that carries `finish_reason`. A stream
+without that last document has failed, however it ended.
 """
 
+# No `from __future__ import annotations`, and Optional instead of `| None`: Jina and DocArray read the annotations.
 from typing import Dict, List, Optional
 
 from docarray import BaseDoc
 from docarray.typing import ID
 from pydantic import ValidationError
 
+from .options import SamplingParams
 
-class Sampling(BaseDoc):
-    """How to generate: the fields that both kinds of request share.
 
-    - ``max_tokens``: at most so many tokens, at least 1; prompt and answer share the model's window.
-    - ``temperature``: 0 takes the likeliest token each time (greedy); higher is more varied, up to 2.
-    - ``top_p``: sample only from the likeliest tokens that together reach this probability, 0 < p <= 1.
-    - ``seed``: the same seed gives the same sample on the same machine, at fp32; at a lower precision
-      whoever is answered at the same time may change how numbers are rounded.
-    - ``stop``: the answer ends before the first of these strings.
-    """
+class SamplingDocument(BaseDoc):
+    """The fields that both kinds of request share: those of `helpers.options.SamplingParams`."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -32,15 +27,25 @@ class Sampling(BaseDoc):
     seed: Optional[int] = None
     stop: List[str] = []
 
+    def sampling_params(self) -> SamplingParams:
+        """Return the fields as `SamplingParams`. Raise `InvalidRequest` for a value out of range."""
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=self.stop,
+        )
 
-class PromptDocument(Sampling):
-    """A request to ``/stream``: the raw text of a prompt, just as the model is to read it."""
+
+class PromptDocument(SamplingDocument):
+    """A request to ``/stream``: the raw text of a prompt, exactly as the model reads it."""
 
     prompt: str
 
 
-class ChatDocument(Sampling):
-    """A request to ``/chat``: a dialog, which the service turns into the model's own prompt.
+class ChatDocument(SamplingDocument):
+    """A request to ``/chat``: a dialog, which the service turns into the model's own prompt format.
 
     ``messages``: ``[{"role": "system" | "user" | "assistant", "content": ...}, ...]``.
     """
@@ -50,25 +55,25 @@ class ChatDocument(Sampling):
 
 
 class ModelOutputDocument(BaseDoc):
-    """One token of an answer, or the end of it.
+    """One token of an answer, or the end of the answer.
 
-    Joined, the `generated_text` of a stream is the tokenizer's own decoding of all its `token_id`
-    (up to a stop string). It may be empty while the bytes of a character are still incomplete.
+    The `generated_text` of all documents joined equals the tokenizer's own decoding of all `token_id`, up to a
+    stop string. `generated_text` is empty while the bytes of a character are incomplete.
 
-    Set in the first document and in the last:
+    Set in the first and the last document:
 
-    - ``prompt_tokens``: what the model read.
-    - ``dropped_turns``: the oldest turns of a dialog that were left out to fit the model's window.
+    - ``prompt_tokens``: the length of the prompt.
+    - ``dropped_turns``: how many of the oldest turns of a dialog were left out to fit the context window.
 
     Set only in the last document, which stands for no token (`token_id` is -1):
 
     - ``finish_reason``: ``stop`` (the model ended its answer, or a stop string came), ``length``
       (`max_tokens` reached) or ``error``.
-    - ``completion_tokens``: the documents before this one.
+    - ``completion_tokens``: how many documents came before this one.
     - ``error``: ``"ClassName: what happened and what to do"``, a class of `helpers.errors`.
     """
 
-    # DocArray's own field, unused: to make one up and read it takes longer than all the others together
+    # DocArray's own field. It stays empty: creating and reading an id takes longer than all other fields together.
     id: Optional[ID] = None
     token_id: int
     generated_text: str
@@ -80,9 +85,9 @@ class ModelOutputDocument(BaseDoc):
 
 
 class CountDocument(BaseDoc):
-    """What ``/count`` tells: how much of the model's window the dialog of a `ChatDocument` takes, in tokens.
+    """The reply of ``/count``: how many tokens a dialog takes, and how many the context window holds.
 
-    All of it, even if that is more than the window holds. Or `error`, as in `ModelOutputDocument`.
+    All turns are counted, even if they exceed the window. `error` is as in `ModelOutputDocument`.
     """
 
     prompt_tokens: int
@@ -91,19 +96,17 @@ class CountDocument(BaseDoc):
 
 
 class ModelDocument(BaseDoc):
-    """What ``/info`` tells: which model is behind the service, and how busy it is."""
+    """The reply of ``/info``: the model behind the service, its steps since the start, and its load now."""
 
     model: str
     precision: str
     device: str
     context_length: int
     steps: int
-    live: int
+    running: int
     waiting: int
 
 
-def what_is_wrong(error: ValidationError) -> str:
-    """Which fields of a document do not fit, and why, in one line."""
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)
-    )
+def validation_message(error: ValidationError) -> str:
+    """Return, in one line, which fields of a document do not fit, and why."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))

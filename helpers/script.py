@@ -1,8 +1,8 @@
-"""Be a script that deploys a service, such as the article's, and end with the program that started this one.
+"""Run a user's script that deploys a service, such as the article's, and end with the program that started it.
 
-    python -m helpers.script SCRIPT [ARGUMENT ...] --parent PID --log FILE
+    python -m helpers.script --port PORT --parent PID --log FILE SCRIPT [ARGUMENT ...]
 
-is how `helpers.service.serve_script` starts one.
+is how `helpers.service.serve_script` starts a script.
 """
 
 from __future__ import annotations
@@ -13,35 +13,46 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
 
-from . import _jina  # noqa: F401  before the script imports jina: quietly
-from .processes import kill, remove_log, wait_for_end_of_parent
+from . import _jina  # noqa: F401  imports jina without its warnings, before the script does
+from .options import HOST
+from .processes import call_when_parent_ends, is_listening, kill, remove_log
+from .service import ready_line
+from .transport import is_ready
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("script")
+    """Run the script of the command line as ``__main__``, and print when the service behind the port is ready."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--log", type=Path)
-    options, arguments = parser.parse_known_args()
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the script and its arguments")
+    options = parser.parse_args()
 
     def end(*_: object) -> None:
-        """Jina would leave its own processes behind."""
-        kill(psutil.Process().children(recursive=True))
+        kill(psutil.Process().children(recursive=True))  # Jina leaves its own processes behind
         os._exit(1)
 
-    def end_with_parent() -> None:
-        wait_for_end_of_parent(options.parent)
+    def end_without_parent() -> None:
         remove_log(options.log)
         end()
 
+    def announce() -> None:
+        # gRPC must not run in this process while Jina forks, so ask only when the forked gateway listens
+        while not (is_listening(HOST, options.port) and is_ready(host=HOST, port=options.port)):
+            time.sleep(0.05)
+        print(ready_line(HOST, options.port), flush=True)
+
     signal.signal(signal.SIGTERM, end)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.argv = [options.script, *arguments]
-    runpy.run_path(options.script, run_name="__main__")
+    call_when_parent_ends(options.parent, end_without_parent)
+    threading.Thread(target=announce, name="announce", daemon=True).start()
+    sys.argv = options.command
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for the real huggingface_hub client.
 
-It speaks the part of the Hub's HTTP API that this package and a download use: who a token belongs
-to, whether a repository may be read, what it holds, and its files. Answers, headers and sentences
-are those of the real Hub, as its client expects them (``huggingface_hub/utils/_http.py``) and as
-others recorded them.
+It speaks the part of the Hub's HTTP API that this package and a download use: the owner of a token, the access
+to a repository, its metadata and its files. Answers, headers and sentences are the real Hub's, as its client
+expects them (``huggingface_hub/utils/_http.py``) and as others recorded them.
 
     with HubStub(users={token: "alice"}, repos={"org/model": Repo("pending")}) as hub:
-        subprocess.run([...], env=hub.environment(home=tmp_path))
-
-A client reads ``HF_ENDPOINT`` and ``HF_HOME`` when it is imported, so it runs in a process of its
-own.
+        hub.connect(monkeypatch, home=tmp_path)  # for this process
+        subprocess.run([...], env=hub.environment(home=tmp_path))  # for another one
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +24,21 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import numpy
+import pytest
+from huggingface_hub import constants
+from safetensors.numpy import save_file
+
+TOKEN = f"hf_{secrets.token_hex(17)}"
+"""A new one in each run, so no file contains it by accident."""
+MALFORMED = ["{}\x0cabc", "{} abc", "\u201c{}\u201d", "{}\x7f", "{}\udcff", "\xa0{}\xa0x", "{}\tx"]
+"""Forms of a token that the Hub's client does not send as a header."""
+
 State = Literal["public", "granted", "pending", "never asked", "reset", "rejected", "missing"]
 Fault = Literal["hang", "drop", "cut", "html"] | int
-"""Never answer, close the connection, close it in the middle of a file, answer like a hotel's login
-page, or an HTTP status."""
+"""Never answer, close the connection, close it in the middle of a file, answer with a hotel's login page, or
+answer with an HTTP status."""
 
 GATED = {
     "pending": "Your request to access model {id} is awaiting a review from the repo authors.",
@@ -40,46 +49,50 @@ GATED = {
     "rejected": "Your request to access model {id} has been rejected by the repo's authors.",
 }
 ANONYMOUS = (
-    "Access to model {id} is restricted. You must have access to it and be authenticated to access "
-    "it. Please log in."
+    "Access to model {id} is restricted. You must have access to it and be authenticated to access it. Please log in."
 )
 NARROW = (
-    "Please enable access to public gated repositories in your fine-grained token settings to view "
-    "this repository."
+    "Please enable access to public gated repositories in your fine-grained token settings to view this repository."
 )
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass(frozen=True)
 class Repo:
-    """One model repository: who may read it, and what it holds."""
+    """One model repository.
+
+    - ``state``: who may read it.
+    - ``folder``: a local folder with its files.
+    - ``parameters``: what the Hub says about its safetensors files, such as ``{"BF16": 123}``.
+    """
 
     state: State = "public"
     folder: Path | None = None
-    """Its files, as a local folder."""
     parameters: Mapping[str, int] | None = None
-    """What the Hub knows of its safetensors files, as ``{"BF16": 123}``."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """A request that the stub received; `path` includes the query."""
+
     method: str
     path: str
-    """With the query."""
     token: str | None
 
 
 @dataclass
 class HubStub:
-    """A running stub. Attributes may be changed while it runs, and hold for the next request."""
+    """A running stub. A change of an attribute holds from the next request on.
+
+    - ``users``: token → account. Any other token is refused.
+    - ``narrow``: fine-grained tokens that may not read gated repositories.
+    - ``faults``: part of a path → what goes wrong there.
+    """
 
     users: dict[str, str] = field(default_factory=dict)
-    """Token → account. Any other token is refused."""
     repos: dict[str, Repo] = field(default_factory=dict)
     narrow: set[str] = field(default_factory=set)
-    """Fine-grained tokens without the permission to read gated repositories."""
     faults: dict[str, Fault] = field(default_factory=dict)
-    """Part of a path → what goes wrong there."""
     requests: list[Request] = field(default_factory=list)
     url: str = ""
 
@@ -89,9 +102,7 @@ class HubStub:
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}
-        )
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
         return self
 
@@ -102,21 +113,39 @@ class HubStub:
         self._thread.join()
 
     def environment(self, *, home: Path, **more: str) -> dict[str, str]:
-        """This process's environment without its own Hugging Face settings, pointed at the stub."""
-        own = ("HF_", "HUGGING", "TRANSFORMERS_")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-        local = dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
-        return {**kept, **local, "HF_ENDPOINT": self.url, "HF_HOME": str(home), **more}
+        """Return this process's environment for another process, with the Hugging Face settings of the stub only."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
+        return {**kept, **_NO_PROXY, "HF_ENDPOINT": self.url, "HF_HOME": str(home), **more}
+
+    def connect(self, monkeypatch: pytest.MonkeyPatch, *, home: Path, **more: str) -> None:
+        """Give this process the Hugging Face settings of the stub only, and the variables `more`, until the test ends.
+
+        huggingface_hub reads its variables when it is imported, so its constants are set too.
+        """
+        for name in [name for name in os.environ if name.startswith(_SETTINGS)]:
+            monkeypatch.delenv(name)
+        for name, value in {**_NO_PROXY, **more}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()  # it may have been opened with a proxy
 
     @property
     def storage(self) -> str:
-        """Where the weights lie: this server under another name, by which a client tells hosts apart.
-        It sends a token to the Hub, and none to the storage."""
+        """Where the weights are: this server under another name.
+
+        A client tells hosts apart by their names. It sends its token to the Hub, and none to the storage.
+        """
         return self.url.replace("127.0.0.1", "localhost")
 
     @contextmanager
     def failing(self, path: str, fault: Fault) -> Iterator[None]:
-        """`fault` wherever `path` is part of the path, for a while."""
+        """Answer with `fault` if `path` is part of the path, inside a ``with`` block."""
         self.faults[path] = fault
         try:
             yield
@@ -124,11 +153,32 @@ class HubStub:
             del self.faults[path]
 
 
+_SETTINGS = ("HF_", "HUGGING", "TRANSFORMERS_")
+_NO_PROXY = dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
+
+NO_HUB = HubStub(url="http://127.0.0.1:9")
+"""A Hub that does not run: port 9 refuses connections."""
+
+
+def model_folder(folder: Path, *, parts: int = 1, dtype: Any = numpy.float16) -> Path:
+    """Write a model of 10 parameters in each part, as `save_pretrained` lays it out, and return `folder`."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    names = [f"model-{n}-of-{parts}.safetensors" for n in range(parts)] if parts > 1 else ["model.safetensors"]
+    for n, name in enumerate(names):
+        tensors = {f"{n}.a": numpy.ones((2, 3), dtype), f"{n}.b": numpy.ones(4, dtype)}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if parts > 1:
+        weight_map = {f"{n}.{key}": name for n, name in enumerate(names) for key in "ab"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        return  # requests are recorded, not printed
+        return  # `HubStub.requests` records them
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -138,6 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub = self._hub
+        if self.path == "/api/agent-harnesses":  # the client asks once in each process, whatever it is used for
+            self._error(404, "Not found")
+            return
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
         hub.requests.append(Request(self.command, self.path, bearer or None))
         url = urlsplit(self.path)
@@ -195,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401, "Invalid username or password.")
 
     def _exists(self, repo: Repo, token: str) -> bool:
-        """A repository that is missing looks to the anonymous like one that is private."""
+        """Answer with an error if the repository is missing. Without a token it looks like a private one."""
         if repo.state != "missing":
             return True
         if token:
@@ -205,8 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _admit(self, repo_id: str, repo: Repo, token: str) -> bool:
-        """Whether the content may be read. Metadata of a gated repository is public, so not asked
-        for it."""
+        """Return whether the token may read the content, or answer with an error. Metadata is public."""
         if not self._exists(repo, token):
             return False
         if repo.state == "public":
@@ -222,8 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _file(self, repo_id: str, repo: Repo, name: str, *, cut: bool) -> None:
-        """Small files come from here; the weights are a redirect to the storage, as on the real
-        Hub."""
+        """Send a small file, or redirect to the storage for the weights, as the real Hub does."""
         file = _files(repo).get(name)
         if file is None:
             self._error(404, "Entry not found", code="EntryNotFound")
@@ -260,9 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["X-Error-Code"] = code
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
-    def _send(
-        self, status: int, body: bytes, headers: Mapping[str, str] = {}, *, cut: bool = False
-    ) -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str] = {}, *, cut: bool = False) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

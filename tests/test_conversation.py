@@ -1,4 +1,4 @@
-"""A conversation, with a real service."""
+"""A conversation: what is sent with each question, and which turns stay. Most tests script the service's answers."""
 
 from __future__ import annotations
 
@@ -8,491 +8,726 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from traceback import walk_stack
 from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import helpers
-from helpers.client import Conversation
-from helpers.errors import InvalidRequest, ServiceUnavailable
-from helpers.processes import port_to_listen_on
+from eventually import until
+from helpers.answer import Answer
+from helpers.conversation import Conversation, Turn
+from helpers.errors import InvalidRequest, ServiceUnavailable, to_wire
+from helpers.schemas import CountDocument
+from scripted_service import REFUSED, ScriptedService
 
-NO_WORDS = "\ud83d"
+HALF_A_PAIR = "\ud83d"
+"""A text that is not valid Unicode."""
 
 
-def said(talk: Conversation) -> list[tuple[str, str, str | None]]:
-    return [(turn.question, turn.answer.text, turn.answer.finish_reason) for turn in talk.turns]
+@pytest.fixture
+def scripted() -> Iterator[ScriptedService]:
+    with ScriptedService() as service:
+        yield service
 
 
-def stop_after(answer: Any, pieces: int) -> None:
+@pytest.fixture
+def conversation(scripted: ScriptedService) -> Conversation:
+    return scripted.conversation("Be brief.", max_tokens=3)
+
+
+def turns(conversation: Conversation) -> list[tuple[str, str, str | None]]:
+    return [(turn.question, turn.answer.text, turn.answer.finish_reason) for turn in conversation.turns]
+
+
+def sent(scripted: ScriptedService) -> list[tuple[str, str]]:
+    """Return the dialog of the latest request."""
+    return [(message["role"], message["content"]) for message in scripted.requests[-1].messages]
+
+
+def stop_after(answer: Answer, pieces: int) -> None:
     for number, _ in enumerate(answer, start=1):
         if number == pieces:
             answer.stop()
 
 
-@pytest.fixture
-def talk(tiny_service: Any) -> Conversation:
-    return tiny_service.conversation("Be brief.", max_tokens=8)
+def read_in_thread(answer: Answer) -> threading.Thread:
+    reading = threading.Thread(target=list, args=(answer,))
+    reading.start()
+    return reading
 
 
-def test_it_remembers(service: Any) -> None:
-    talk = service.conversation(max_tokens=20)
-    assert "Paris" in talk.ask("What is the capital of France?")
-    assert "Rome" in talk.ask("And of Italy?")
-    assert "Rome" not in service.ask("And of Italy?", max_tokens=20).text
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+# --- What is sent ---------------------------------------------------------------------------------
 
 
-def test_each_question_is_sent_with_all_that_was_said_before_it(talk: Conversation, tiny_service: Any) -> None:
-    dialog = [{"role": "system", "content": "Be brief."}]
-    for question in ("Hello", "And you?", "Why?"):
-        dialog.append({"role": "user", "content": question})
-        text = tiny_service.ask(dialog, max_tokens=8).text
-        assert talk.ask(question) == text
-        dialog.append({"role": "assistant", "content": text})
-    assert talk.messages == dialog
-    assert repr(talk) == "<Conversation, turns: 3>"
+def test_each_question_is_sent_with_all_earlier_turns(conversation: Conversation, scripted: ScriptedService) -> None:
+    assert conversation.ask("Hello") == "1:0 1:1 1:2 "
+    assert sent(scripted) == [("system", "Be brief."), ("user", "Hello")]
+    conversation.ask("And you?")
+    assert sent(scripted)[1:] == [("user", "Hello"), ("assistant", "1:0 1:1 1:2 "), ("user", "And you?")]
+    assert [message["content"] for message in conversation.messages[-2:]] == ["And you?", "2:0 2:1 2:2 "]
+    assert repr(conversation) == "<Conversation, turns: 2>"
 
 
-def test_with_an_event_loop_it_is_the_same(talk: Conversation) -> None:
-    expected = [talk.ask("Hello"), talk.ask("And you?")]
-    other = talk.fork(0)
+def test_a_program_with_an_event_loop_asks_the_same(conversation: Conversation, scripted: ScriptedService) -> None:
+    async def converse() -> None:
+        assert await conversation.aask("Hello") == "1:0 1:1 1:2 "
+        assert "".join([piece async for piece in conversation.stream("And you?")]) == "2:0 2:1 2:2 "
 
-    async def converse() -> list[str]:
-        return [await other.aask("Hello"), "".join([piece async for piece in other.stream("And you?")])]
-
-    assert asyncio.run(converse()) == expected
-    assert said(other) == said(talk)
+    asyncio.run(converse())
+    assert sent(scripted)[1:] == [("user", "Hello"), ("assistant", "1:0 1:1 1:2 "), ("user", "And you?")]
 
 
-def test_a_stopped_answer_stays_as_what_it_is_and_the_talk_goes_on(talk: Conversation, tiny_service: Any) -> None:
-    alone = tiny_service.ask("Hello", system="Be brief.", max_tokens=400)
-    whole = alone.text
-    talk.options["max_tokens"] = 400
-    answer = talk.stream("Hello")
-    stop_after(answer, 3)
-    part = answer.text
-    assert answer.prompt_tokens == alone.prompt_tokens
-    assert part and len(part) < len(whole) and whole.startswith(part)
-    assert said(talk) == [("Hello", part, "cancelled")]
-    talk.options["max_tokens"] = 8
-    next_one = talk.ask("And you?")
-    assert next_one == tiny_service.ask(
-        [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": part},
-            {"role": "user", "content": "And you?"},
-        ],
-        max_tokens=8,
-    ).text
+def test_the_system_prompt_and_the_options_can_change_between_two_questions(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    conversation.ask("Hello")
+    conversation.system = None
+    conversation.options["temperature"] = 0.5
+    conversation.ask("And you?")
+    assert sent(scripted)[0] == ("user", "Hello")
+    assert [request.temperature for request in scripted.requests] == [0, 0.5]
 
 
-def test_leaving_the_loop_is_a_stop(talk: Conversation) -> None:
-    for _ in talk.stream("Hello"):
+def test_the_latest_answer_is_there_with_its_usage(conversation: Conversation) -> None:
+    assert conversation.answer is None
+    conversation.ask("Hello")
+    assert conversation.answer is not None
+    assert conversation.answer.completion_tokens == 3
+
+
+def test_an_answer_without_text_is_not_sent(conversation: Conversation, scripted: ScriptedService) -> None:
+    scripted.script = scripted.refuse
+    with pytest.raises(InvalidRequest):
+        conversation.ask("Hello")
+    scripted.script = scripted.count_up
+    conversation.ask("And you?")
+    assert sent(scripted) == [("system", "Be brief."), ("user", "And you?")]
+    assert [message["content"] for message in conversation.messages] == ["Be brief.", "And you?", "2:0 2:1 2:2 "]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"max_token": 3}, TypeError, "max_token"),
+        ({"max_tokens": "many"}, InvalidRequest, "max_tokens: Input should be a valid integer"),
+        ({"temperature": 3}, InvalidRequest, "temperature is 3"),
+        ({"port": 0}, InvalidRequest, "0 is not a port"),
+        ({"system": HALF_A_PAIR}, InvalidRequest, "not valid Unicode"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_the_first_question(options: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        Conversation(**options)
+
+
+def test_a_question_that_cannot_be_sent_is_not_a_turn(conversation: Conversation, scripted: ScriptedService) -> None:
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+        conversation.ask(HALF_A_PAIR)
+    assert conversation.turns == []
+    assert scripted.requests == []
+
+
+def test_the_window_counts_all_turns_and_one_more_question(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    scripted.token_counts = CountDocument(prompt_tokens=30, context_length=40)
+    window = conversation.window()
+    assert (window.tokens, window.size, window.left) == (30, 40, 10)
+    scripted.token_counts = CountDocument(prompt_tokens=50, context_length=40)
+    assert conversation.window().left == 0
+    scripted.token_counts = CountDocument(prompt_tokens=0, context_length=40, error=to_wire(REFUSED))
+    with pytest.raises(InvalidRequest, match="^The question is refused"):
+        conversation.window()
+
+
+# --- Answers that are stopped, left or fail -------------------------------------------------------
+
+
+def test_a_stopped_answer_keeps_its_text_and_is_sent(conversation: Conversation, scripted: ScriptedService) -> None:
+    conversation.options["max_tokens"] = 400
+    stop_after(conversation.stream("Hello"), 2)
+    assert turns(conversation) == [("Hello", "1:0 1:1 ", "cancelled")]
+    conversation.options["max_tokens"] = 3
+    conversation.ask("And you?")
+    assert sent(scripted)[1:] == [("user", "Hello"), ("assistant", "1:0 1:1 "), ("user", "And you?")]
+
+
+def test_leaving_the_loop_is_a_stop(conversation: Conversation) -> None:
+    for _ in conversation.stream("Hello"):
         break
-    assert [(question, reason) for question, _, reason in said(talk)] == [("Hello", "cancelled")]
 
     async def leave() -> None:
-        async for _ in talk.stream("And you?"):
+        async for _ in conversation.stream("And you?"):
             break
 
     asyncio.run(leave())
-    assert [(question, reason) for question, _, reason in said(talk)] == [("Hello", "cancelled"), ("And you?", "cancelled")]
+    assert turns(conversation) == [("Hello", "1:0 ", "cancelled"), ("And you?", "2:0 ", "cancelled")]
 
 
-def test_a_stop_from_another_thread_ends_the_generation_within_a_step(service: Any) -> None:
-    talk = service.conversation(max_tokens=490)
-    before = service.info().steps
-    answer = talk.stream("Hello")
-    several, ended = threading.Event(), threading.Event()
-
-    def read() -> None:
-        for number, _ in enumerate(answer):
-            if number == 5:
-                several.set()
-        ended.set()
-
-    threading.Thread(target=read).start()
-    assert several.wait(60)
+def test_a_stop_ends_an_answer_of_which_nothing_comes(conversation: Conversation, scripted: ScriptedService) -> None:
+    scripted.script = scripted.silence
+    answer = conversation.stream("Hello")
+    reading = read_in_thread(answer)
+    until(lambda: scripted.requests, "the request arrives")
     answer.stop()
-    assert ended.wait(60)
-    while service.info().live:
-        pass
-    # one step for the prompt, at most one that was under way, and a token that nobody has taken from the wire
-    assert service.info().steps - before <= answer.completion_tokens + 2 < 400
-    assert said(talk) == [("Hello", answer.text, "cancelled")]
+    reading.join(300)
+    assert turns(conversation) == [("Hello", "", "cancelled")]
 
 
-@pytest.fixture
-def silent(tiny_service: Any) -> Iterator[list[psutil.Process]]:
-    """Nothing comes from the service, until its processes are resumed."""
-    processes = [psutil.Process(tiny_service.pid), *psutil.Process(tiny_service.pid).children()]
-    for process in processes:
-        process.suspend()
-    yield processes
-    for process in processes:
-        process.resume()
-
-
-def test_a_stop_ends_also_an_answer_of_which_nothing_comes(talk: Conversation, silent: list[psutil.Process]) -> None:
-    answer = talk.stream("Hello")
-    reader = threading.Thread(target=list, args=(answer,), daemon=True)
-    reader.start()
-    while not talk.turns:
-        pass
-    answer.stop()
-    reader.join(8)  # gRPC itself gives up after 15 seconds
-    assert not reader.is_alive()
-    assert said(talk) == [("Hello", "", "cancelled")]
-
-
-def test_ctrl_c_before_the_first_word_is_a_stop(talk: Conversation, silent: list[psutil.Process]) -> None:
-    reader = threading.get_ident()
+def test_ctrl_c_before_the_first_word_is_a_stop_and_leaves_no_connection(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    scripted.script = scripted.silence
+    asking_thread = threading.get_ident()
 
     def is_waiting() -> bool:
-        frames = [frame for frame, _ in walk_stack(sys._current_frames()[reader])]
-        return any(frame.f_globals["__name__"] == "grpc._channel" and frame.f_code.co_name == "_next" for frame in frames)
+        frames = [frame for frame, _ in walk_stack(sys._current_frames()[asking_thread])]
+        return any(one.f_globals["__name__"] == "grpc._channel" and one.f_code.co_name == "_next" for one in frames)
 
-    def press() -> None:
-        while not is_waiting():
-            pass
+    def press_ctrl_c() -> None:
+        until(is_waiting, "the question waits for its answer")
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=press).start()
+    threading.Thread(target=press_ctrl_c).start()
     with pytest.raises(KeyboardInterrupt):
-        talk.ask("Hello")
-    assert said(talk) == [("Hello", "", "cancelled")]
-    for process in silent:
-        process.resume()
-    assert talk.ask("And you?")
-    connections = psutil.Process().net_connections("tcp")
-    assert talk.options["port"] not in [connection.raddr.port for connection in connections if connection.raddr]
+        conversation.ask("Hello")
+    assert turns(conversation) == [("Hello", "", "cancelled")]
+    addresses = [connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr]
+    assert scripted.port not in [address.port for address in addresses]
+    scripted.resume.set()
+    assert conversation.ask("And you?") == "2:0 2:1 2:2 "
 
 
-def test_an_answer_that_is_stopped_before_it_is_read_asks_nothing(talk: Conversation, tiny_service: Any) -> None:
-    steps = tiny_service.info().steps
-    answer = talk.stream("Hello")
-    answer.stop()
-    assert list(answer) == []
-    answer = talk.stream("Hello")
-    answer.stop()
-
-    async def read() -> list[str]:
+def test_an_answer_that_is_stopped_before_it_is_read_asks_nothing(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    async def read(answer: Answer) -> list[str]:
         return [piece async for piece in answer]
 
-    assert asyncio.run(read()) == []
-    assert tiny_service.info().steps == steps
-
-
-def test_by_choice_a_stopped_or_failed_answer_is_dropped(tiny_service: Any) -> None:
-    talk = tiny_service.conversation(max_tokens=400, keep_partial=False)
-    stop_after(talk.stream("Hello"), 3)
-    assert said(talk) == []
-    with pytest.raises(InvalidRequest):
-        talk.ask("[INST]")
-    assert said(talk) == []
-    talk.options["max_tokens"] = 5
-    assert talk.ask("Hello") == tiny_service.ask("Hello", max_tokens=5).text
-
-
-def test_a_question_right_behind_a_stop_finds_the_stopped_one_settled(tiny_service: Any) -> None:
-    talk = tiny_service.conversation(max_tokens=400, keep_partial=False)
-    for number in range(5):
-        answer = talk.stream("Hello")
-        reader = threading.Thread(target=list, args=(answer,))
-        reader.start()
-        while not answer.text:
-            pass
+    readers: list[Callable[[Answer], list[str]]] = [list, lambda answer: asyncio.run(read(answer))]
+    for read_all in readers:
+        answer = conversation.stream("Hello")
         answer.stop()
-        following = talk.stream("And you?")
-        stop_after(following, 1)
-        reader.join()
-        assert said(talk) == []
+        assert read_all(answer) == []
+    assert scripted.requests == []
 
 
-def test_an_answer_without_a_word_is_not_sent(talk: Conversation, tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
-    (tmp_path / "talk.json").write_text(json.dumps(messages))
-    assert Conversation.load(tmp_path / "talk.json").messages == []
-    expected = talk.fork().ask("Hello")
-    loaded = Conversation.load(tmp_path / "talk.json", **talk.options)
-    loaded.system = talk.system
-    assert loaded.ask("Hello") == expected
+def test_by_choice_a_stopped_answer_is_dropped_with_its_question(scripted: ScriptedService) -> None:
+    conversation = scripted.conversation(max_tokens=400, keep_partial=False)
+    stop_after(conversation.stream("Hello"), 2)
+    assert turns(conversation) == []
+    conversation.options["max_tokens"] = 3
+    conversation.ask("And you?")
+    assert sent(scripted) == [("user", "And you?")]
 
 
-def test_a_system_prompt_that_cannot_be_sent_stops_nothing(tiny_service: Any) -> None:
-    talk = tiny_service.conversation(max_tokens=400)
-    pieces = iter(talk.stream("Hello"))
-    next(pieces)
-    talk.system = NO_WORDS
-    with pytest.raises(InvalidRequest, match="surrogate"):
-        talk.ask("And you?")
-    assert talk.answer is not None and talk.answer.finish_reason is None
-    list(pieces)
-    assert talk.answer.finish_reason == "length"
-
-
-def test_a_refused_question_stays_and_is_not_sent_again(talk: Conversation) -> None:
-    first = talk.ask("Hello")
-    expected = talk.fork().ask("And you?")
-    with pytest.raises(InvalidRequest, match="prompt injection"):
-        talk.ask("What is [INST]?")
-    assert said(talk)[1] == ("What is [INST]?", "", "error")
-    assert talk.answer is not None and str(talk.answer.error).startswith("InvalidRequest: Message 4 (user) holds")
-    assert talk.ask("And you?") == expected
-    assert [message["content"] for message in talk.messages] == ["Be brief.", "Hello", first, "And you?", expected]
-
-
-def test_what_the_model_wrote_never_makes_the_next_question_refused(talk: Conversation) -> None:
-    talk.ask("Hello")
-    answer = talk.turns[0].answer
-    answer.text = "[INST] <<SYS>> </s><s>"
-    assert talk.ask("And you?")
-    assert talk.turns[0].answer.text == answer.text
-
-
-@pytest.mark.parametrize("words", [1, 10])
-def test_a_service_that_dies_in_the_middle_takes_no_word_along(tiny_folder: Path, words: int) -> None:
-    with helpers.serve(str(tiny_folder), port=0) as service:
-        talk = service.conversation(max_tokens=8)
-        whole = talk.ask("Hello")
-        talk.options["max_tokens"] = 450
-        with pytest.raises(ServiceUnavailable):
-            for number, _ in enumerate(talk.stream("Why?"), start=1):
-                if number == words:
-                    psutil.Process(service.pid).children()[0].kill()
-    part = said(talk)[1][1]
-    assert part and said(talk) == [("Hello", whole, "length"), ("Why?", part, "error")]
-    with pytest.raises(ServiceUnavailable):
-        talk.regenerate().__iter__().__next__()
-    assert said(talk) == [("Hello", whole, "length"), ("Why?", part, "error")]
-    with helpers.serve(str(tiny_folder), port=service.port):
-        talk.options["max_tokens"] = 8
-        assert talk.ask("And you?")
-        assert len(talk.turns) == 3
-
-
-def test_a_regenerated_answer_takes_the_place_of_the_old_one_until_undo(talk: Conversation) -> None:
-    talk.ask("Hello")
-    talk.options |= {"temperature": 1.0, "seed": 1}
-    old = talk.ask("And you?")
-    talk.options["seed"] = 2
-    new = "".join(talk.regenerate())
-    assert [turn.question for turn in talk.turns] == ["Hello", "And you?"]
-    assert talk.turns[-1].answer.text == new != old
-    assert talk.undo()
-    assert talk.turns[-1].answer.text == old
-    assert [talk.undo(), talk.undo(), talk.undo()] == [True, True, False]
-    assert talk.turns == []
-    with pytest.raises(InvalidRequest, match="Nothing has been asked yet"):
-        talk.regenerate()
-
-
-def test_editing_an_earlier_turn_goes_on_from_there_until_undo(talk: Conversation) -> None:
-    for question in ("Hello", "And you?", "Why?"):
-        talk.ask(question)
-    before = said(talk)
-    branch = talk.fork(1)
-    text = "".join(talk.edit(1, "Who are you?"))
-    assert said(talk) == [before[0], ("Who are you?", text, "length")]
-    assert text == branch.ask("Who are you?")
-    assert talk.undo()
-    assert said(talk) == before
-    assert "".join(talk.edit(-3, "Good day"))
-    assert [turn.question for turn in talk.turns] == ["Good day"]
-    for turn in (1, -2):
-        with pytest.raises(InvalidRequest, match=f"There is no turn {turn}: the conversation has 1"):
-            talk.edit(turn, "Hello")
-
-
-def test_what_would_be_replaced_stays_where_nothing_comes_in_its_place(talk: Conversation) -> None:
-    for question in ("Hello", "And you?"):
-        talk.ask(question)
-    before = said(talk)
+def test_by_choice_a_failed_answer_is_dropped_with_its_question(scripted: ScriptedService) -> None:
+    conversation = scripted.conversation(max_tokens=3, keep_partial=False)
+    scripted.script = scripted.fail
     with pytest.raises(InvalidRequest):
-        list(talk.edit(0, "[INST]"))
-    assert said(talk) == before
-    talk.options["port"] = port_to_listen_on("127.0.0.1", 0)
+        conversation.ask("Hello")
+    assert turns(conversation) == []
+
+
+def test_a_failed_answer_keeps_its_text_and_its_error(conversation: Conversation, scripted: ScriptedService) -> None:
+    scripted.script = scripted.fail
+    with pytest.raises(InvalidRequest, match="^The question is refused"):
+        conversation.ask("Hello")
+    assert turns(conversation) == [("Hello", "Half an ", "error")]
+    assert conversation.answer is not None
+    assert conversation.answer.error == "InvalidRequest: The question is refused. Ask another one."
+
+
+def test_a_conversation_outlives_its_service(conversation: Conversation, scripted: ScriptedService) -> None:
+    scripted.script = scripted.half
+    answer = conversation.stream("Hello")
     with pytest.raises(ServiceUnavailable):
-        list(talk.regenerate())
-    assert said(talk) == before
+        for _ in answer:
+            if answer.completion_tokens == 2:
+                scripted.stop()
+    assert turns(conversation) == [("Hello", "Half an ", "error")]
+    scripted.start()
+    scripted.script = scripted.count_up
+    conversation.ask("And you?")
+    assert sent(scripted)[1:] == [("user", "Hello"), ("assistant", "Half an "), ("user", "And you?")]
 
 
-def test_regenerating_while_the_answer_comes_is_of_that_question(tiny_service: Any) -> None:
-    talk = tiny_service.conversation(max_tokens=400, keep_partial=False)
-    talk.ask("Hello")
-    pieces = iter(talk.stream("And you?"))
-    next(pieces)
-    "".join(talk.regenerate())
-    assert [turn.question for turn in talk.turns] == ["Hello", "And you?"]
-    talk.turns[-1].answer.finish_reason = "cancelled"  # as in a file of another program
-    talk.options["max_tokens"] = 5
-    talk.ask("Why?")
-    assert [turn.question for turn in talk.turns] == ["Hello", "And you?", "Why?"]
+# --- One question while another is answered -------------------------------------------------------
 
 
-def test_a_conversation_does_not_keep_what_it_has_sent(talk: Conversation) -> None:
-    """Each request holds the whole dialog: a thousand of them would be its square."""
-    import gc
-
-    from helpers.schemas import ChatDocument
-
-    for _ in range(5):
-        talk.ask("Hello")
-    gc.collect()
-    kept = [one for one in gc.get_objects() if type(one) is ChatDocument]
-    assert len(kept) <= 1
-
-
-def test_a_fork_goes_its_own_way(talk: Conversation) -> None:
-    talk.ask("Hello")
-    fork = talk.fork()
-    fork.system = "Be kind."
-    fork.options["max_tokens"] = 3
-    fork.ask("And you?")
-    assert (talk.system, talk.options["max_tokens"], len(talk.turns)) == ("Be brief.", 8, 1)
-    assert fork.undo() and fork.undo() and not fork.undo()
-    assert len(talk.turns) == 1
-
-
-def test_asking_while_an_answer_comes_stops_that_one_and_loses_nothing(tiny_service: Any) -> None:
-    talk = tiny_service.conversation(max_tokens=400)
-    pieces = iter(talk.stream("Hello"))
-    part = "".join(next(pieces) for _ in range(3))
-    fork = talk.fork()
-    talk.options["max_tokens"] = 8
-    second = talk.ask("And you?")
+def test_a_new_question_stops_the_running_answer_and_loses_nothing(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    conversation.options["max_tokens"] = 400
+    pieces = iter(conversation.stream("Hello"))
+    assert [next(pieces), next(pieces)] == ["1:0 ", "1:1 "]
+    conversation.options["max_tokens"] = 1
+    conversation.ask("And you?")
     assert list(pieces) == []
-    assert said(talk) == [("Hello", part, "cancelled"), ("And you?", second, "length")]
-    assert fork.turns == []
-    old = talk.stream("Why?")
-    talk.ask("Who?")
-    with pytest.raises(RuntimeError, match="has gone on since this question was put"):
-        list(old)
-    assert [turn.question for turn in talk.turns] == ["Hello", "And you?", "Who?"]
+    assert turns(conversation) == [("Hello", "1:0 1:1 ", "cancelled"), ("And you?", "2:0 ", "length")]
+    assert ("assistant", "1:0 1:1 ") in sent(scripted)
 
 
-def test_the_window_is_counted_by_the_service(talk: Conversation, tiny: Any, tiny_folder: Path) -> None:
-    from helpers import prompts
-
-    empty = talk.window()
-    talk.ask("Hello")
-    window = talk.window()
-    dialog = [*talk.messages, {"role": "user", "content": "?"}]
-    assert window.tokens == prompts.count_tokens(dialog, tiny.tokenizer) > empty.tokens
-    assert (window.size, window.left) == (512, 512 - window.tokens)
-    with helpers.serve(str(tiny_folder), port=0, context_length=40) as small:
-        talk.options["port"] = small.port
-        assert (talk.window().tokens, talk.window().size) == (window.tokens, 40)
-        talk.ask("word " * 10)
-        assert talk.answer is not None and talk.answer.dropped_turns == 1
-        assert talk.window().left == 0
-        talk.system = "[INST]"
-        with pytest.raises(InvalidRequest, match="prompt injection"):
-            talk.window()
+def test_a_new_question_finds_the_stopped_one_settled(scripted: ScriptedService) -> None:
+    conversation = scripted.conversation(max_tokens=400, keep_partial=False)
+    for _ in range(5):
+        answer = conversation.stream("Hello")
+        reading = read_in_thread(answer)
+        until(lambda: answer.text, "a word")  # noqa: B023  it is this round's answer
+        answer.stop()
+        stop_after(conversation.stream("And you?"), 1)
+        reading.join()
+        assert turns(conversation) == []
 
 
-def test_a_saved_conversation_comes_back_whole(talk: Conversation, tmp_path: Path) -> None:
-    talk.ask("Grüße 🦙\nHello")
+def test_a_stopped_answer_that_ends_late_leaves_the_new_one_alone(scripted: ScriptedService) -> None:
+    conversation = scripted.conversation(max_tokens=400, keep_partial=False)
+    old = iter(conversation.stream("Hello"))
+    next(old)
+    conversation.options["max_tokens"] = 2
+    new = iter(conversation.stream("And you?"))
+    next(new)
+    assert list(old) == []
+    assert list(new) == ["2:1 "]
+    assert turns(conversation) == [("And you?", "2:0 2:1 ", "length")]
+
+
+def test_a_question_that_cannot_be_sent_does_not_stop_the_running_answer(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    pieces = iter(conversation.stream("Hello"))
+    next(pieces)
+    conversation.system = HALF_A_PAIR
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        conversation.ask("And you?")
+    assert list(pieces) == ["1:1 ", "1:2 "]
+    assert turns(conversation) == [("Hello", "1:0 1:1 1:2 ", "length")]
+
+
+def test_an_answer_that_was_overtaken_is_not_read_any_more(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    overtaken = conversation.stream("Why?")
+    conversation.ask("Who?")
+    with pytest.raises(RuntimeError, match="has changed since this question was put"):
+        list(overtaken)
+    assert [turn.question for turn in conversation.turns] == ["Who?"]
+    assert len(scripted.requests) == 1
+
+
+# --- Regenerate, edit, undo, fork -----------------------------------------------------------------
+
+
+def test_a_regenerated_answer_replaces_the_old_one_until_undo(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    conversation.ask("Hello")
+    conversation.ask("And you?")
+    list(conversation.regenerate())
+    assert turns(conversation)[1] == ("And you?", "3:0 3:1 3:2 ", "length")
+    assert [text for _, text in sent(scripted)] == ["Be brief.", "Hello", "1:0 1:1 1:2 ", "And you?"]
+    assert conversation.undo()
+    assert turns(conversation)[1] == ("And you?", "2:0 2:1 2:2 ", "length")
+
+
+def test_undo_takes_back_every_change_and_then_says_that_there_is_none(conversation: Conversation) -> None:
+    conversation.ask("Hello")
+    conversation.ask("And you?")
+    list(conversation.regenerate())
+    assert [conversation.undo() for _ in range(4)] == [True, True, True, False]
+    assert conversation.turns == []
+
+
+def test_undo_stops_a_running_answer_and_removes_its_question(conversation: Conversation) -> None:
+    conversation.options["max_tokens"] = 400
+    answer = conversation.stream("Hello")
+    pieces = iter(answer)
+    next(pieces)
+    assert conversation.undo()
+    assert list(pieces) == []
+    assert (answer.finish_reason, conversation.turns) == ("cancelled", [])
+
+
+CHANGES: dict[str, Callable[[Conversation], Answer]] = {
+    "ask": lambda conversation: conversation.stream("Hello"),
+    "edit": lambda conversation: conversation.edit(0, "Good day"),
+    "regenerate": lambda conversation: conversation.regenerate(),
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from([*CHANGES]), st.sampled_from(["complete", "failed", "stopped", "empty"]))),
+    st.booleans(),
+)
+def test_undo_goes_back_through_every_state(steps: list[tuple[str, str]], keep_partial: bool) -> None:
+    with ScriptedService() as scripted:
+        conversation = scripted.conversation(max_tokens=2, keep_partial=keep_partial)
+        states = []
+        for change, end in steps:
+            before = conversation.turns
+            if change != "ask" and not before:
+                continue
+            scripted.script = {"failed": scripted.fail, "empty": scripted.refuse}.get(end, scripted.count_up)
+            with suppress(InvalidRequest):
+                stop_after(CHANGES[change](conversation), 1 if end == "stopped" else -1)
+            if conversation.turns is not before:
+                states.append(before)
+        for state in reversed(states):
+            assert conversation.undo()
+            assert conversation.turns == state
+        assert not conversation.undo()
+
+
+def test_nothing_can_be_regenerated_before_the_first_question(conversation: Conversation) -> None:
+    with pytest.raises(InvalidRequest, match="Nothing has been asked yet"):
+        conversation.regenerate()
+
+
+def test_an_edited_question_replaces_its_turn_and_all_after_it_until_undo(
+    conversation: Conversation, scripted: ScriptedService
+) -> None:
+    for question in ("Hello", "And you?", "Why?"):
+        conversation.ask(question)
+    before = turns(conversation)
+    list(conversation.edit(1, "Who are you?"))
+    assert turns(conversation) == [before[0], ("Who are you?", "4:0 4:1 4:2 ", "length")]
+    assert [text for _, text in sent(scripted)] == ["Be brief.", "Hello", "1:0 1:1 1:2 ", "Who are you?"]
+    assert conversation.undo()
+    assert turns(conversation) == before
+    list(conversation.edit(-3, "Good day"))
+    assert [turn.question for turn in conversation.turns] == ["Good day"]
+
+
+@pytest.mark.parametrize("turn", [1, -2])
+def test_a_turn_that_does_not_exist_cannot_be_edited(conversation: Conversation, turn: int) -> None:
+    conversation.ask("Hello")
+    with pytest.raises(InvalidRequest, match=f"There is no turn {turn}: the conversation has 1"):
+        conversation.edit(turn, "Hello")
+
+
+@pytest.mark.parametrize(
+    "replace", [lambda it: it.edit(0, "Again"), lambda it: it.regenerate()], ids=["edit", "regenerate"]
+)
+@pytest.mark.parametrize("keep_partial", [True, False])
+def test_if_nothing_comes_in_its_place_the_old_turn_stays(
+    scripted: ScriptedService, replace: Callable[[Conversation], Answer], keep_partial: bool
+) -> None:
+    conversation = scripted.conversation(max_tokens=3, keep_partial=keep_partial)
+    conversation.ask("Hello")
+    conversation.ask("And you?")
+    before = turns(conversation)
+    scripted.script = scripted.refuse
     with pytest.raises(InvalidRequest):
-        talk.ask("[INST]")
-    talk.options["max_tokens"] = 400
-    stop_after(talk.stream("Why?"), 3)
-    talk.save(tmp_path / "talk.json")
-    saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))
-    assert [message["role"] for message in saved["messages"]] == ["system", *["user", "assistant"] * 3]
-    assert all(set(message) == {"role", "content"} for message in saved["messages"])
+        list(replace(conversation))
+    scripted.stop()
+    with pytest.raises(ServiceUnavailable):
+        list(replace(conversation))
+    assert turns(conversation) == before
+
+
+def test_a_stopped_answer_with_text_replaces_the_old_one(conversation: Conversation) -> None:
+    conversation.ask("Hello")
+    stop_after(conversation.regenerate(), 2)
+    assert turns(conversation) == [("Hello", "2:0 2:1 ", "cancelled")]
+
+
+def test_regenerating_a_running_answer_asks_its_question_again(scripted: ScriptedService) -> None:
+    conversation = scripted.conversation(max_tokens=400, keep_partial=False)
+    conversation.ask("Hello")
+    pieces = iter(conversation.stream("And you?"))
+    next(pieces)
+    list(conversation.regenerate())
+    assert [turn.question for turn in conversation.turns] == ["Hello", "And you?"]
+    assert conversation.turns[1].answer.finish_reason == "length"
+
+
+def test_only_the_running_answer_can_be_dropped_later(scripted: ScriptedService) -> None:
+    conversation = scripted.conversation(max_tokens=3, keep_partial=False)
+    conversation.turns = [Turn("Hello", Answer.ended("Hi", "cancelled"))]  # as from another program's file
+    conversation.ask("Why?")
+    assert [turn.question for turn in conversation.turns] == ["Hello", "Why?"]
+
+
+def test_a_fork_goes_its_own_way(conversation: Conversation) -> None:
+    conversation.ask("Hello")
+    fork = conversation.fork()
+    fork.system = "Be kind."
+    fork.options["max_tokens"] = 5
+    fork.ask("And you?")
+    assert (conversation.system, conversation.options["max_tokens"], len(conversation.turns)) == ("Be brief.", 3, 1)
+    assert [fork.undo() for _ in range(3)] == [True, True, False]
+    assert len(conversation.turns) == 1
+
+
+def test_a_fork_has_the_first_turns_and_no_running_answer(conversation: Conversation) -> None:
+    conversation.ask("Hello")
+    conversation.ask("And you?")
+    assert turns(conversation.fork(1)) == turns(conversation)[:1]
+    pieces = iter(conversation.stream("Why?"))
+    next(pieces)
+    assert turns(conversation.fork()) == turns(conversation)[:2]
+    list(pieces)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]
+
+
+def load(folder: Path, content: Any, **options: Any) -> Conversation:
+    """Return the conversation in a file with this content."""
+    (folder / "talk.json").write_text(json.dumps(content))
+    return Conversation.load(folder / "talk.json", **options)
+
+
+def saved_in(folder: Path) -> Any:
+    return json.loads((folder / "talk.json").read_text("utf-8"))
+
+
+def test_a_loaded_conversation_is_the_one_that_was_saved(
+    conversation: Conversation, scripted: ScriptedService, tmp_path: Path
+) -> None:
+    conversation.ask("Grüße 🦙\nHello")
+    scripted.script = scripted.refuse
+    with pytest.raises(InvalidRequest):
+        conversation.ask("And you?")
+    scripted.script = scripted.count_up
+    conversation.options["max_tokens"] = 400
+    stop_after(conversation.stream("Why?"), 2)
+    conversation.save(tmp_path / "talk.json")
+    loaded = Conversation.load(tmp_path / "talk.json", **conversation.options)
+    assert (loaded.system, turns(loaded), loaded.messages) == (
+        conversation.system,
+        turns(conversation),
+        conversation.messages,
+    )
+    assert loaded.turns[1].answer.error == to_wire(REFUSED)
+    assert [loaded.undo() for _ in range(4)] == [True] * 3 + [False]
+
+
+def test_a_saved_file_has_the_messages_in_openais_format(conversation: Conversation, tmp_path: Path) -> None:
+    conversation.ask("Grüße 🦙")
+    conversation.save(tmp_path / "talk.json")
+    assert saved_in(tmp_path) == {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Grüße 🦙"},
+            {"role": "assistant", "content": "1:0 1:1 1:2 "},
+        ],
+        "answers": [{"finish_reason": "length", "error": None}],
+    }
     assert "🦙" in (tmp_path / "talk.json").read_text("utf-8")
-    back = Conversation.load(tmp_path / "talk.json", **talk.options)
-    assert (back.system, said(back), back.messages) == (talk.system, said(talk), talk.messages)
-    assert back.turns[1].answer.error == talk.turns[1].answer.error
-    back.options["max_tokens"] = talk.options["max_tokens"] = 8
-    assert back.ask("And you?") == talk.ask("And you?")
-    back.save(tmp_path / "talk.json")
-    assert list(tmp_path.iterdir()) == [tmp_path / "talk.json"]
-    assert len(Conversation.load(tmp_path / "talk.json").turns) == 4
-    assert [back.undo() for _ in range(5)] == [True] * 4 + [False]
 
 
-def test_other_tools_files_are_read(tmp_path: Path, tiny_service: Any) -> None:
-    file = tmp_path / "talk.json"
-    messages = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]
-    for content in (messages, {"model": "m", "messages": messages, "answers": "none"}):
-        file.write_text(json.dumps(content))
-        assert said(Conversation.load(file)) == [("a", "b", "stop")]
-    file.write_text(json.dumps([*messages, {"role": "user", "content": "c"}]))
-    talk = Conversation.load(file, port=tiny_service.port, max_tokens=3)
-    assert said(talk) == [("a", "b", "stop"), ("c", "", "cancelled")]
-    assert "".join(talk.regenerate())
-    for strange in ([3, 4], [{"finish_reason": ["stop"]}], [{"finish_reason": "banana"}], [{"finish_reason": None}]):
-        file.write_text(json.dumps({"messages": messages, "answers": strange}))
-        assert said(Conversation.load(file)) == [("a", "b", "stop")]
-    file.write_text(json.dumps({"messages": messages, "answers": [{"finish_reason": "error", "error": 5}]}))
-    assert Conversation.load(file).turns[0].answer.error == "5"
-    file.write_text("[]")
-    assert Conversation.load(file).turns == []
+def test_a_running_answer_is_saved_as_a_stopped_one(conversation: Conversation, tmp_path: Path) -> None:
+    pieces = iter(conversation.stream("Hello"))
+    next(pieces)
+    conversation.save(tmp_path / "talk.json")
+    assert saved_in(tmp_path)["answers"] == [{"finish_reason": "cancelled", "error": None}]
+    list(pieces)
+
+
+def test_a_loaded_conversation_continues(conversation: Conversation, scripted: ScriptedService, tmp_path: Path) -> None:
+    conversation.ask("Hello")
+    conversation.save(tmp_path / "talk.json")
+    Conversation.load(tmp_path / "talk.json", **conversation.options).ask("And you?")
+    assert sent(scripted) == [
+        ("system", "Be brief."),
+        ("user", "Hello"),
+        ("assistant", "1:0 1:1 1:2 "),
+        ("user", "And you?"),
+    ]
+
+
+def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
+    assert turns(load(tmp_path, MESSAGES)) == [("a", "b", "stop")]
+    assert turns(load(tmp_path, {"model": "m", "messages": MESSAGES, "answers": "none"})) == [("a", "b", "stop")]
+    assert turns(load(tmp_path, [])) == []
+
+
+def test_a_question_without_an_answer_is_loaded_and_can_be_asked_again(
+    tmp_path: Path, scripted: ScriptedService
+) -> None:
+    loaded = load(tmp_path, [*MESSAGES, {"role": "user", "content": "c"}], port=scripted.port, max_tokens=3)
+    assert turns(loaded) == [("a", "b", "stop"), ("c", "", "cancelled")]
+    list(loaded.regenerate())
+    assert turns(loaded) == [("a", "b", "stop"), ("c", "1:0 1:1 1:2 ", "length")]
+
+
+@pytest.mark.parametrize(
+    "answers", [[3, 4], [{"finish_reason": ["stop"]}], [{"finish_reason": "banana"}], [{"finish_reason": None}]]
+)
+def test_answers_of_an_unknown_form_are_read_as_complete(tmp_path: Path, answers: Any) -> None:
+    assert turns(load(tmp_path, {"messages": MESSAGES, "answers": answers})) == [("a", "b", "stop")]
+
+
+def test_an_error_of_an_unknown_form_is_read_as_text(tmp_path: Path) -> None:
+    loaded = load(tmp_path, {"messages": MESSAGES, "answers": [{"finish_reason": "error", "error": 5}]})
+    assert loaded.turns[0].answer.error == "5"
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "talk.json is no JSON file"),
-        ("[" * 200_000, "talk.json is no JSON file"),
-        ("3", "A dialog is a list of messages, and this is a int"),
-        ("{}", "A dialog is a list of messages, and this is a NoneType"),
-        ('[{"role": "user"}]', "Message 1 is not a dict whose"),
-        ('[{"role": "tool", "content": "x"}]', "Message 1 has the unknown role"),
-        ('[{"role": "assistant", "content": "x"}]', "out of turn"),
+        ("{", "talk.json is not a JSON file"),
+        ("[" * 200_000, "talk.json is not a JSON file"),
+        ("3", "talk.json does not hold a conversation"),
+        ("{}", "talk.json does not hold a conversation"),
+        ('[{"role": "user"}]', "does not hold a conversation. Message 1"),
+        ('[{"role": "tool", "content": "x"}]', "does not hold a conversation. Message 1 has the unknown role"),
+        ('[{"role": "assistant", "content": "x"}]', "does not hold a conversation. Message 1"),
+        (r'[{"role": "user", "content": "\ud83d"}]', "does not hold a conversation. Message 1"),
     ],
 )
-def test_a_file_that_holds_no_conversation_is_refused(tmp_path: Path, content: str, says: str) -> None:
+def test_a_file_without_a_conversation_is_refused(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "talk.json").write_text(content)
     with pytest.raises(InvalidRequest, match=says):
         Conversation.load(tmp_path / "talk.json")
+
+
+def test_a_file_that_does_not_exist_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Conversation.load(tmp_path / "other.json")
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(talk: Conversation, tmp_path: Path) -> None:
-    talk.save(tmp_path / "talk.json")
-    old = (tmp_path / "talk.json").read_bytes()
-    talk.ask("Hello")
-    talk.system = NO_WORDS
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(conversation: Conversation, tmp_path: Path) -> None:
+    conversation.save(tmp_path / "talk.json")
+    old = saved_in(tmp_path)
+    conversation.ask("Hello")
+    conversation.system = HALF_A_PAIR
     with pytest.raises(UnicodeEncodeError):
-        talk.save(tmp_path / "talk.json")
-    assert (tmp_path / "talk.json").read_bytes() == old
-    for no_file in (tmp_path, tmp_path / "nowhere" / "talk.json"):
-        with pytest.raises(OSError, match=rf"{no_file.name}'$"):
-            Conversation().save(no_file)
+        conversation.save(tmp_path / "talk.json")
+    assert saved_in(tmp_path) == old
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_a_save_that_is_interrupted_leaves_the_old_file(
+    conversation: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation.save(tmp_path / "talk.json")
+    old = saved_in(tmp_path)
+
+    def write_half(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        conversation.save(tmp_path / "talk.json")
+    assert saved_in(tmp_path) == old
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileExistsError, match="is no file"):
-        Conversation().save(tmp_path / "pipe")
-    Conversation().save(tmp_path / ("n" * 250 + ".json"))
-    assert sorted(path.name[:4] for path in tmp_path.iterdir()) == ["nnnn", "pipe", "talk"]
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(FileExistsError, match=f"is not a file: .*{path.name}'$"):
+            Conversation().save(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Conversation().save(tmp_path / "nowhere" / "talk.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_file_keeps_its_mode_and_its_place(talk: Conversation, tmp_path: Path) -> None:
+def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250 + ".json")
+    Conversation().save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_a_link(
+    conversation: Conversation, tmp_path: Path
+) -> None:
     (tmp_path / "real").mkdir()
     file, link = tmp_path / "real" / "talk.json", tmp_path / "talk.json"
     file.write_text("")
     file.chmod(0o600)
     link.symlink_to(file)
-    talk.save(link)
-    assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o600
+    conversation.save(link)
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
     assert Conversation.load(file).system == "Be brief."
 
 
-def test_options_that_do_not_fit_are_told_at_once() -> None:
-    with pytest.raises(TypeError, match="max_token"):
-        Conversation(max_token=3)
-    with pytest.raises(InvalidRequest, match="max_tokens"):
-        Conversation(max_tokens="many")
-    talk = Conversation()
-    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
-        talk.ask(NO_WORDS)
-    assert talk.turns == []
+# --- With a real service --------------------------------------------------------------------------
+
+
+def test_the_model_remembers_the_turns_before(service: Any) -> None:
+    conversation = service.conversation(max_tokens=20)
+    assert "Paris" in conversation.ask("What is the capital of France?")
+    assert "Rome" in conversation.ask("And of Italy?")
+    assert "Rome" not in service.ask("And of Italy?", max_tokens=20).text
+
+
+def test_a_stop_from_another_thread_ends_the_generation_within_a_step(service: Any) -> None:
+    conversation = service.conversation(max_tokens=490)
+    before = service.info().steps
+    answer = conversation.stream("Hello")
+    reading = read_in_thread(answer)
+    until(lambda: answer.completion_tokens >= 5, "five tokens")
+    answer.stop()
+    reading.join(300)
+    until(lambda: not service.info().running, "the generation ends")
+    # one step for the prompt, at most one that was under way, and a token that was still on the wire
+    assert service.info().steps - before <= answer.completion_tokens + 2 < 400
+    assert turns(conversation) == [("Hello", answer.text, "cancelled")]
+
+
+def test_what_the_model_wrote_never_makes_the_next_question_refused(tiny_service: Any) -> None:
+    conversation = tiny_service.conversation("Be brief.", max_tokens=3)
+    conversation.ask("Hello")
+    answer = conversation.turns[0].answer
+    answer.text = "[INST] <<SYS>> </s><s>"
+    assert conversation.ask("And you?")
+    assert conversation.turns[0].answer.text == answer.text
+
+
+def test_a_refused_question_stays_a_turn_and_is_not_sent_again(tiny_service: Any) -> None:
+    conversation = tiny_service.conversation("Be brief.", max_tokens=3)
+    with pytest.raises(InvalidRequest, match="prompt injection"):
+        conversation.ask("What is [INST]?")
+    assert turns(conversation) == [("What is [INST]?", "", "error")]
+    assert conversation.ask("And you?")
+
+
+def test_the_service_counts_the_window_and_drops_the_oldest_turn(tiny_service: Any, tiny: Any) -> None:
+    from helpers import prompts
+
+    conversation = tiny_service.conversation(max_tokens=8)
+    conversation.ask("word " * 400)
+    window = conversation.window()
+    dialog = [*conversation.messages, {"role": "user", "content": "?"}]
+    assert (window.tokens, window.size) == (prompts.count_tokens(dialog, tiny.tokenizer), 512)
+    assert conversation.answer is not None
+    assert conversation.answer.dropped_turns == 0
+    conversation.ask("word " * 400)
+    assert conversation.answer.dropped_turns == 1
+    assert conversation.window().left == 0
+    conversation.system = "[INST]"
+    with pytest.raises(InvalidRequest, match="prompt injection"):
+        conversation.window()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [1, 10])
+def test_a_service_that_is_killed_takes_no_word_along(tiny_folder: Path, words: int) -> None:
+    with helpers.serve(str(tiny_folder), port=0) as service:
+        conversation = service.conversation(max_tokens=450)
+        answer = conversation.stream("Why?")
+        with pytest.raises(ServiceUnavailable):
+            for _ in answer:
+                if answer.completion_tokens == words:
+                    psutil.Process(service.pid).children()[0].kill()
+    assert answer.text
+    assert turns(conversation) == [("Why?", answer.text, "error")]
+    with helpers.serve(str(tiny_folder), port=service.port):
+        conversation.options["max_tokens"] = 8
+        assert conversation.ask("And you?")
+        assert len(conversation.turns) == 2

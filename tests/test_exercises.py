@@ -1,7 +1,8 @@
-"""`helpers.exercises`: one line for each answer, and a hint that gives nothing away."""
+"""The exercises: right and wrong answers, hints that do not tell, and their cells in the notebooks."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers.errors import InvalidRequest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
+# --- Answers to the exercises that ask for a function -----------------------------------------------
 
 
 def remembers(messages: list[dict[str, str]], answer: str, question: str) -> list[dict[str, str]]:
@@ -33,10 +35,10 @@ def changes_its_input(messages: list[dict[str, str]], answer: str, question: str
 def text_of(documents: list[Any]) -> str:
     if not documents or documents[-1].finish_reason not in ("stop", "length"):
         raise RuntimeError("the stream broke off")
-    return joins_whatever_comes(documents)
+    return ignores_how_it_ended(documents)
 
 
-def joins_whatever_comes(documents: list[Any]) -> str:
+def ignores_how_it_ended(documents: list[Any]) -> str:
     return "".join(document.generated_text for document in documents)
 
 
@@ -52,11 +54,11 @@ def turns_dropped(lengths: list[int], window: int, kept_free: int) -> int:
     return next(n for n in range(len(lengths) + 1) if sum(lengths[n:]) <= window - kept_free)
 
 
-def wants_room_left(lengths: list[int], window: int, kept_free: int) -> int:
+def drops_one_too_many(lengths: list[int], window: int, kept_free: int) -> int:
     return turns_dropped(lengths, window - 1, kept_free)
 
 
-def turns_that_stay(lengths: list[int], window: int, kept_free: int) -> int:
+def counts_the_turns_that_stay(lengths: list[int], window: int, kept_free: int) -> int:
     return len(lengths) - turns_dropped(lengths, window, kept_free)
 
 
@@ -75,33 +77,37 @@ def messages_of(turns: list[Any]) -> list[dict[str, str]]:
     return dialog(*(text for question, answer in turns if answer.text for text in (question, answer.text)))
 
 
-def sends_all(turns: list[Any]) -> list[dict[str, str]]:
+def sends_empty_answers(turns: list[Any]) -> list[dict[str, str]]:
     return dialog(*(text for question, answer in turns for text in (question, answer.text)))
 
 
-def sends_whole_answers(turns: list[Any]) -> list[dict[str, str]]:
+def sends_complete_answers_only(turns: list[Any]) -> list[dict[str, str]]:
     return messages_of([turn for turn in turns if turn.answer.finish_reason in ("stop", "length")])
 
 
-def questions_by_end(*ends: str) -> Any:
+def questions_that_ended(*ends: str) -> Any:
     def questions(path: Path) -> list[str]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         asked = [message["content"] for message in saved["messages"] if message["role"] == "user"]
-        return [question for question, answer in zip(asked, saved["answers"]) if answer["finish_reason"] in ends]
+        return [
+            question
+            for question, answer in zip(asked, saved["answers"], strict=True)
+            if answer["finish_reason"] in ends
+        ]
 
     return questions
 
 
-def counts_by_twos(path: Path) -> list[str]:
-    """As if there never were a system prompt."""
+def takes_every_second_message(path: Path) -> list[str]:
+    """Forget that the first message may be a system prompt."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     ends = [answer["finish_reason"] in ("cancelled", "error") for answer in saved["answers"]]
-    return [message["content"] for message, wanted in zip(saved["messages"][::2], ends) if wanted]
+    return [message["content"] for message, wanted in zip(saved["messages"][::2], ends, strict=False) if wanted]
 
 
-def those_followed_by_nothing(path: Path) -> list[str]:
+def finds_empty_answers_only(path: Path) -> list[str]:
     messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
-    return [asked["content"] for asked, said in zip(messages, messages[1:]) if not said["content"]]
+    return [asked["content"] for asked, said in itertools.pairwise(messages) if not said["content"]]
 
 
 RIGHT: dict[str, list[Any]] = {
@@ -123,7 +129,7 @@ RIGHT: dict[str, list[Any]] = {
     ],
     "4.2": [turns_dropped],
     "4.3": [messages_of],
-    "4.4": [questions_by_end("cancelled", "error")],
+    "4.4": [questions_that_ended("cancelled", "error")],
 }
 WRONG: dict[str, list[Any]] = {
     "1.1": [13.0, 52.1, 26e9, "26 GB", None, True],
@@ -136,7 +142,7 @@ WRONG: dict[str, list[Any]] = {
     "2.4": ["a", "c", 1],
     "3.1": [5000, 149, 6224, "6225"],
     "3.2": [150, 100, 6225],
-    "3.3": [joins_whatever_comes, refuses_everything, lambda documents: 1 / 0],
+    "3.3": [ignores_how_it_ended, refuses_everything, lambda documents: 1 / 0],
     "3.4": [4.0, 4.6, "4.5 s"],
     "4.1": [
         dialog("And of Italy?"),
@@ -148,23 +154,23 @@ WRONG: dict[str, list[Any]] = {
         [{"role": "system", "content": "It is about a capital."}, *dialog("And of Italy?")],
         "What is the capital of Italy?",
     ],
-    "4.2": [wants_room_left, turns_that_stay, forgets_the_answers_room, drops_the_longest, 2],
-    "4.3": [sends_all, sends_whole_answers, lambda turns: [turn.question for turn in turns], None],
+    "4.2": [drops_one_too_many, counts_the_turns_that_stay, forgets_the_answers_room, drops_the_longest, 2],
+    "4.3": [sends_empty_answers, sends_complete_answers_only, lambda turns: [turn.question for turn in turns], None],
     "4.4": [
-        questions_by_end("cancelled"),
-        questions_by_end("error"),
-        questions_by_end("cancelled", "error", "length"),
-        counts_by_twos,
-        those_followed_by_nothing,
+        questions_that_ended("cancelled"),
+        questions_that_ended("error"),
+        questions_that_ended("cancelled", "error", "length"),
+        takes_every_second_message,
+        finds_empty_answers_only,
         "talk.json",
     ],
 }
 
 
-def said(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> str:
+def verdict(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the line that is printed about an answer."""
     exercises.check(number, answer)
-    line, end, rest = capsys.readouterr().out.partition("\n")
-    assert (end, rest) == ("\n", ""), "not one line"
+    (line,) = capsys.readouterr().out.splitlines()
     return line
 
 
@@ -172,43 +178,43 @@ def cases(answers: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     return [(number, answer) for number, several in answers.items() for answer in several]
 
 
-def test_each_exercise_is_tried_with_right_and_wrong_answers() -> None:
+def test_each_exercise_has_right_and_wrong_answers_here() -> None:
     assert list(RIGHT) == list(WRONG) == list(exercises.EXERCISES)
 
 
 @pytest.mark.parametrize(("number", "answer"), cases(RIGHT))
-def test_a_right_answer_is_told_why(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert re.fullmatch(rf"{number}: right\. \w.+\.", said(number, answer, capsys))
+def test_a_right_answer_gets_a_reason(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(rf"{number}: right\. \w.+\.", verdict(number, answer, capsys))
 
 
 @pytest.mark.parametrize(("number", "answer"), cases(WRONG))
 def test_a_wrong_answer_gets_a_hint(number: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     hint = re.escape(exercises.EXERCISES[number].hint)
-    assert re.fullmatch(rf"{number}: not yet\.( It raised \w+: .+\.)? Hint: {hint}", said(number, answer, capsys))
+    assert re.fullmatch(rf"{number}: not yet\.( It raised \w+: .+\.)? Hint: {hint}", verdict(number, answer, capsys))
 
 
 @pytest.mark.parametrize("number", exercises.EXERCISES)
-def test_no_answer_yet(number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(number, ..., capsys) == f"{number}: no answer yet. Replace the ... above."
+def test_an_open_exercise_says_so(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict(number, ..., capsys) == f"{number}: no answer yet. Replace the ... above."
 
 
 @pytest.mark.parametrize(("number", "answer"), [case for case in cases(RIGHT) if not callable(case[1])])
-def test_the_hint_does_not_hold_the_answer(number: str, answer: Any) -> None:
+def test_a_hint_does_not_contain_the_answer(number: str, answer: Any) -> None:
     hint = exercises.EXERCISES[number].hint
     assert not re.search(rf"\b{re.escape(str(answer).strip())}\b", hint, re.IGNORECASE)
 
 
-def test_an_answer_that_fails_is_wrong_and_says_how(
+def test_an_answer_that_raises_is_wrong_and_the_line_names_the_exception(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asks_for_a_function = exercises.Exercise(lambda answer: answer(2) == 4, "It is.", "Try it with 2.")
     monkeypatch.setitem(exercises.EXERCISES, "9.9", asks_for_a_function)
-    line = said("9.9", lambda n: n["a\nb"], capsys)
+    line = verdict("9.9", lambda n: n["a\nb"], capsys)
     assert re.fullmatch(r"9\.9: not yet\. It raised TypeError: .+\. Hint: Try it with 2\.", line)
-    assert said("9.9", lambda n: n * 2, capsys) == "9.9: right. It is."
+    assert verdict("9.9", lambda n: n * 2, capsys) == "9.9: right. It is."
 
 
-def test_an_exercise_that_is_not_there() -> None:
+def test_an_unknown_exercise_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"no exercise '7\.7'.*1\.1, 1\.2"):
         exercises.check("7.7", 1)
 
@@ -217,11 +223,11 @@ def test_an_exercise_that_is_not_there() -> None:
 
 
 def checks(notebook: Path) -> dict[str, str]:
-    """Exercise → what its cell has printed, in the notebook's order."""
+    """Return what the cell of each exercise has printed, in the notebook's order."""
     found: dict[str, str] = {}
     for cell in json.loads(notebook.read_text())["cells"]:
         for number in re.findall(r'exercises\.check\("([\d.]+)"', "".join(cell["source"])):
-            assert number not in found, f"{number} is there twice"
+            assert number not in found, f"{number} has two cells"
             found[number] = "".join(text for output in cell["outputs"] for text in output["text"])
     return found
 
@@ -239,7 +245,7 @@ def test_every_exercise_is_in_its_lesson() -> None:
 
 
 @pytest.mark.parametrize("lesson", lessons(), ids=lambda path: path.stem)
-def test_the_lesson_leaves_them_open_and_the_solutions_solve_them(lesson: Path) -> None:
+def test_a_lesson_leaves_its_exercises_open_and_the_solutions_solve_them(lesson: Path) -> None:
     for number, printed in checks(lesson).items():
         assert printed.startswith(f"{number}: no answer yet.")
     solved = checks(NOTEBOOKS / "solutions" / lesson.name)

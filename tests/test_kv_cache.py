@@ -1,97 +1,161 @@
-"""One run of the model for many sequences: models of several kinds, and those that must be refused."""
+"""KV caches, the prefix cache, and how much memory they may take."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from helpers.errors import ModelUnavailable
+from helpers import hardware
 
-SIZE = dict(
-    vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    initializer_range=0.5,  # wide, so that each layer has its say
-)
+GB = 2**30
 
 
-def tiny(kind: str, **options: Any) -> Any:
-    """A model of this kind that knows nothing."""
+def cache_of(length: int, *, capacity: int | None = None, layers: int = 2) -> Any:
+    """Return a KV cache whose entries are the numbers from 0 on, at 2 * 4 * 4 bytes a layer."""
     import torch
-    import transformers
 
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **options})
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    from helpers.kv_cache import KVCache
+
+    cache = KVCache(capacity or length)
+    for layer in range(layers):
+        cache.append(layer, torch.arange(2.0 * length * 4).reshape(1, 2, length, 4))
+    cache.length = length
+    return cache
+
+
+def contents(cache: Any) -> list[Any]:
+    """Return the keys and values of each layer, (heads, length, size)."""
+    import torch
+
+    nothing = torch.empty(1, 2, 0, 4)
+    return [cache.append(layer, nothing)[0] for layer in range(cache.num_layers)]
+
+
+# --- One sequence ---------------------------------------------------------------------------------
+
+
+def test_appending_returns_all_and_keeps_what_was_there(torch: Any) -> None:
+    cache = cache_of(3, capacity=10)
+    new = torch.full((1, 2, 4, 4), 7.0)
+    stored = cache.append(0, new)
+    assert stored.shape == (1, 2, 7, 4)
+    assert torch.equal(stored[:, :, :3], torch.arange(24.0).reshape(1, 2, 3, 4))
+    assert torch.equal(stored[:, :, 3:], new)
+    assert cache.length == 3  # until every layer has stored its own
+
+
+def test_appending_never_moves_what_is_stored(torch: Any) -> None:
+    cache = cache_of(3, capacity=10)
+    assert contents(cache)[0].data_ptr() == cache.append(0, torch.zeros(1, 2, 4, 4)).data_ptr()
+
+
+@pytest.mark.parametrize("capacity", [5, 50])
+def test_a_resized_cache_holds_the_same(torch: Any, capacity: int) -> None:
+    cache = cache_of(5, capacity=20)
+    before = [layer.clone() for layer in contents(cache)]
+    cache.resize(capacity)
+    assert (cache.capacity, cache.length) == (capacity, 5)
+    assert all(map(torch.equal, contents(cache), before))
+    assert sum(cache.bytes_per_token.values()) == 2 * 2 * 4 * 4
+
+
+def test_a_copied_prefix_is_independent_of_its_source(torch: Any) -> None:
+    cache = cache_of(8)
+    copy = cache.copy_prefix(5, capacity=12)
+    assert (copy.length, copy.capacity, copy.num_layers) == (5, 12, 2)
+    expected = [layer[:, :5].clone() for layer in contents(cache)]
+    for layer in contents(cache):
+        layer.zero_()
+    assert all(map(torch.equal, contents(copy), expected))
+
+
+# --- Many sequences -------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_the_common_prefix_is_found(start: list[int], some: list[int], others: list[int]) -> None:
+    from helpers.kv_cache import common_prefix_length
+
+    some, others = [*start, *some], [*start, *others]
+    expected = next((n for n, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), None)
+    if expected is None:
+        expected = min(len(some), len(others))
+    assert common_prefix_length(some, others) == common_prefix_length(others, some) == expected
+
+
+def prefix_cache_of(*prompts: list[int]) -> Any:
+    """Return a prefix cache with these prompts, in this order."""
+    from helpers.kv_cache import PrefixCache
+
+    prefix_cache = PrefixCache()
+    for prompt in prompts:
+        prefix_cache.add(prompt, cache_of(len(prompt)))
+    return prefix_cache
+
+
+def test_the_longest_prefix_is_found(torch: Any) -> None:
+    prefix_cache = prefix_cache_of([1, 2, 9], [1, 2, 3, 4, 9, 9], [5, 6])
+    match = prefix_cache.lookup([1, 2, 3, 4, 5])
+    assert match.length == 4
+    assert [ids for ids, cache in prefix_cache if cache is match.cache] == [[1, 2, 3, 4, 9, 9]]
+
+
+def test_without_a_common_prefix_nothing_is_found(torch: Any) -> None:
+    assert prefix_cache_of().lookup([1, 2]).length == 0
+    assert prefix_cache_of([2, 1]).lookup([1, 2]).length == 0
+
+
+def test_a_longer_cache_takes_the_place_of_its_prefix(torch: Any) -> None:
+    prefix_cache = prefix_cache_of([1, 2], [5, 6], [1, 2, 3])
+    assert [ids for ids, _ in prefix_cache] == [[5, 6], [1, 2, 3]]
+
+
+def test_the_least_recently_used_is_evicted_first(torch: Any) -> None:
+    prefix_cache = prefix_cache_of([1] * 30, [2] * 30, [3] * 30)
+    prefix_cache.touch(prefix_cache.lookup([1]).cache)
+    assert prefix_cache.evict(max_capacity=60)
+    assert [ids[0] for ids, _ in prefix_cache] == [3, 1]
+    assert not prefix_cache.evict(max_capacity=60)
+    assert prefix_cache.evict(max_capacity=-5)
+    assert prefix_cache.capacity == 0
+
+
+def test_a_removed_cache_is_no_longer_found(torch: Any) -> None:
+    prefix_cache = prefix_cache_of([1, 2], [5, 6])
+    cache = prefix_cache.lookup([1, 2]).cache
+    assert prefix_cache.remove(cache)
+    assert cache not in prefix_cache
+    assert not prefix_cache.remove(cache)
+    assert [ids for ids, _ in prefix_cache] == [[5, 6]]
+
+
+def test_the_number_of_entries_is_limited(torch: Any) -> None:
+    from helpers.kv_cache import PrefixCache
+
+    chance = random.Random(0)
+    prompts = [[n, *chance.choices(range(1000), k=5)] for n in range(PrefixCache.MAX_ENTRIES + 44)]
+    assert [ids for ids, _ in prefix_cache_of(*prompts)] == prompts[44:]
+
+
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("free", "context_length", "expected"),
     [
-        ("Llama", {}),
-        ("Mistral", {"sliding_window": 16}),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
-        ("Gemma2", {"head_dim": 8, "sliding_window": 16}),  # also softcap, which no kernel does
-        ("Phi3", {"pad_token_id": 0}),
-        ("GPTNeoX", {}),
+        (100 * GB, 512, 2 * GB // 64),  # 2 GiB
+        (100 * GB, 100 * 2**20, 100 * 2**20),  # a full context, which takes more
+        (3 * GB, 512, 3 * GB // 2 // 64),  # half of what is free
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_sequence_gets_what_it_gets_alone(torch: Any, kind: str, options: dict[str, Any], dtype: str) -> None:
-    """In pieces, beside others, and beyond the width of a sliding window."""
-    from helpers.kv_cache import KeyValues, prepare, run
+def test_the_capacity_in_ram_leaves_memory_for_other_programs(
+    torch: Any, monkeypatch: pytest.MonkeyPatch, free: int, context_length: int, expected: int
+) -> None:
+    from helpers.kv_cache import cache_capacity
 
-    model = tiny(kind, **options).to(getattr(torch, dtype))
-    texts = [torch.randint(0, 200, (n,)).tolist() for n in (50, 20, 33)]
-    with torch.inference_mode():
-        alone = torch.stack([model(torch.tensor([text])).logits[0, -1] for text in texts])
-    prepare(model)
-    pasts = [KeyValues(50) for _ in texts]
-    for begin in range(0, 50, 7):
-        feeds = [(past, text[begin : begin + 7]) for past, text in zip(pasts, texts) if begin < len(text)]
-        for (past, _), logits in zip(feeds, run(model, feeds)[0]):
-            text = texts[pasts.index(past)]
-            if past.length == len(text):
-                torch.testing.assert_close(logits, alone[texts.index(text)], atol=1e-4 if dtype == "float32" else 0.1, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "reason"),
-    [
-        ("Mamba", {"num_key_value_heads": None}, "no positions"),
-        ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}, "keep two texts apart"),
-    ],
-)
-def test_a_model_that_mixes_its_readers_is_refused(torch: Any, kind: str, options: dict[str, Any], reason: str) -> None:
-    from helpers.kv_cache import prepare
-
-    with pytest.raises(ModelUnavailable, match=rf"{kind}ForCausalLM cannot be served here .*{reason}.*another kind"):
-        prepare(tiny(kind, **options))
-
-
-def test_common_beginning(torch: Any) -> None:
-    from helpers.kv_cache import common_beginning
-
-    for some, others, same in (
-        ([], [], 0),
-        ([1], [], 0),
-        ([1, 2, 3], [1, 2, 3], 3),
-        ([1, 2, 3], [1, 2, 3, 4], 3),
-        ([1, 2, 3, 9], [1, 2, 3, 4], 3),
-        ([9, 2, 3], [1, 2, 3], 0),
-        ([1, 9, 3, 4, 5], [1, 2, 3, 4, 5], 1),
-    ):
-        assert common_beginning(some, others) == common_beginning(others, some) == same
-
-
-def test_a_window_that_would_change_all_positions_is_not_used(torch: Any) -> None:
-    from transformers import Phi3Config
-
-    from helpers.models import _context_length
-
-    factors = [1.0] * 4
-    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-    config = Phi3Config(
-        **SIZE, rope_scaling=rope, max_position_embeddings=4096, original_max_position_embeddings=512, pad_token_id=0
-    )
-    assert _context_length(config) == 512
-    assert _context_length(Phi3Config(**SIZE, max_position_embeddings=4096, pad_token_id=0)) == 4096
+    monkeypatch.setattr(hardware, "ram", lambda: (200 * GB, free))
+    assert cache_capacity(cache_of(1), context_length=context_length) == expected

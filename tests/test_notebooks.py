@@ -1,4 +1,4 @@
-"""What the notebooks promise, and what a kernel, whose event loop already runs, must not spoil."""
+"""The notebooks' files: outputs, links, pictures, the cell for Colab; and three kinds of clients in one kernel."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from urllib.parse import unquote
 import pytest
 from nbconvert.filters import markdown2html
 
+from helpers.catalog import INSTALL_LAB
+
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(
-    path for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parent.name != ".ipynb_checkpoints"
-)
+NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parent.name != ".ipynb_checkpoints")
 PROJECT = (ROOT / "pyproject.toml").read_text()
 REPOSITORY = re.findall('^Repository = "(https://github.com/.+)"', PROJECT, re.MULTILINE)[0]
 IN_COLAB = REPOSITORY.replace("github.com", "colab.research.google.com/github")
 
-# Under a line that exempts a cell from the comparison of outputs, a comment says why.
+# A line that exempts a cell from the comparison of outputs, and the comment below it that says why.
 EXEMPTION = re.compile(r"^# (NBVAL_\w+)\n# .{20,}", re.MULTILINE)
 EXEMPTIONS = {"NBVAL_IGNORE_OUTPUT", "NBVAL_RAISES_EXCEPTION"}
 
@@ -29,19 +29,19 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: 
 
 
 def cells_of(notebook: Path, kind: str = "") -> list[dict[str, Any]]:
-    """The cells, or those of a kind, each with its source as one string under "text"."""
+    """Return the cells of a kind, by default all, each with its source as one string under "text"."""
     cells = json.loads(notebook.read_text())["cells"]
     return [{**cell, "text": "".join(cell["source"])} for cell in cells if kind in cell["cell_type"]]
 
 
 def shown(output: dict[str, Any]) -> str:
-    """All text of an output: what was printed, and every form of a result but pictures."""
+    """Return all text of an output: what it prints, and every form of a result except pictures."""
     data = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
     return json.dumps([output.get(key) for key in ("text", "ename", "evalue", "traceback")] + [data])
 
 
 class Page(HTMLParser):
-    """What HTML shows and points to: `images` as (alt text, source), `links`, and the `anchors` for links."""
+    """The `images` of an HTML text as (alternative text, source), its `links`, and the `anchors` that links name."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Page(HTMLParser):
 
 
 def anchor(name: str) -> str:
-    """A heading's name in a link. JupyterLab keeps capitals and punctuation, GitHub does not."""
+    """Return a heading's name in a link. JupyterLab keeps capitals and punctuation, GitHub does not."""
     return re.sub(r"[^\w-]", "", unquote(name)).lower()
 
 
 @each_notebook
-def test_stored_outputs_are_of_one_clean_run(notebook: Path) -> None:
+def test_the_stored_outputs_are_those_of_one_run_without_errors(notebook: Path) -> None:
     cells = cells_of(notebook, "code")
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
@@ -77,7 +77,7 @@ def test_stored_outputs_are_of_one_clean_run(notebook: Path) -> None:
 
 
 @each_notebook
-def test_no_path_of_a_machine_and_no_token_is_stored(notebook: Path) -> None:
+def test_no_local_path_and_no_token_is_stored(notebook: Path) -> None:
     for cell in cells_of(notebook):
         outputs = "".join(map(shown, cell.get("outputs", [])))
         assert not re.search(r"(?<![\w.])/(root|home|Users|tmp|var|usr|opt)/|[A-Z]:\\\\", outputs), cell["text"]
@@ -86,16 +86,16 @@ def test_no_path_of_a_machine_and_no_token_is_stored(notebook: Path) -> None:
 
 
 @each_notebook
-def test_every_exemption_is_justified_in_its_cell(notebook: Path) -> None:
+def test_a_comment_gives_the_reason_for_each_exemption(notebook: Path) -> None:
     for cell in cells_of(notebook, "code"):
         exempted = re.findall(r"NBVAL_\w+", cell["text"])
         assert exempted == EXEMPTION.findall(cell["text"]), cell["text"]
         assert set(exempted) <= EXEMPTIONS, cell["text"]
-        assert not cell["metadata"].get("tags"), "an exemption as a tag, which no reader sees"
+        assert not cell["metadata"].get("tags"), "an exemption as a tag, which readers do not see"
 
 
 @each_notebook
-def test_every_picture_has_a_text_for_those_who_do_not_see_it(notebook: Path) -> None:
+def test_every_picture_has_an_alternative_text(notebook: Path) -> None:
     for cell in cells_of(notebook):
         html = markdown2html(cell["text"]) if cell["cell_type"] == "markdown" else ""
         for output in cell.get("outputs", []):
@@ -110,20 +110,20 @@ def test_every_picture_has_a_text_for_those_who_do_not_see_it(notebook: Path) ->
 
 @pytest.mark.parametrize(
     "page",
-    [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("notebooks/*.md")],
+    [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.md")],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+def test_links_within_the_repository_have_a_target(page: Path) -> None:
     notebook = page.suffix == ".ipynb"
     markdown = [cell["text"] for cell in cells_of(page, "markdown")] if notebook else [page.read_text()]
     html = Page("\n".join(map(markdown2html, markdown)))
     for target in [*html.links, *(source for _, source in html.images)]:
         path, _, heading = target.partition("#")
         if ours := re.match(rf"(?:{REPOSITORY}|{IN_COLAB})/(?:blob|tree|raw)/main/(.*)", path):
-            assert (ROOT / ours[1]).exists(), f"{target} is not there"
+            assert (ROOT / ours[1]).exists(), f"{target} does not exist"
         elif not re.match(r"\w+:", path):
-            assert (page.parent / unquote(path)).exists(), f"{target} is not there"
-        assert path or anchor(heading) in html.anchors, f"no heading for {target}"
+            assert (page.parent / unquote(path)).exists(), f"{target} does not exist"
+        assert path or anchor(heading) in html.anchors, f"{target} names no heading"
 
 
 @each_notebook
@@ -133,7 +133,7 @@ def test_cells_are_short(notebook: Path) -> None:
 
 
 @each_notebook
-def test_a_badge_opens_this_very_notebook_in_colab(notebook: Path) -> None:
+def test_a_badge_opens_the_notebook_in_colab(notebook: Path) -> None:
     image = "https://colab.research.google.com/assets/colab-badge.svg"
     badge = f"[![Open in Colab]({image})]({IN_COLAB}/blob/main/{notebook.relative_to(ROOT).as_posix()})"
     assert badge in cells_of(notebook)[0]["text"].splitlines()
@@ -141,7 +141,7 @@ def test_a_badge_opens_this_very_notebook_in_colab(notebook: Path) -> None:
         assert badge in (ROOT / "README.md").read_text()
 
 
-def test_the_cell_for_colab_is_the_same_everywhere_and_silent_here() -> None:
+def test_the_first_cell_is_the_same_everywhere_and_prints_nothing_here() -> None:
     first = [cells_of(notebook, "code")[0] for notebook in NOTEBOOKS]
     assert len({cell["text"] for cell in first}) == 1
     assert not any(cell["outputs"] for cell in first)
@@ -150,29 +150,42 @@ def test_the_cell_for_colab_is_the_same_everywhere_and_silent_here() -> None:
     assert (ROOT / script).is_file()
 
 
-def test_sync_async_and_the_articles_client_share_a_kernel_quietly(tiny_service: Any) -> None:
-    """In a kernel's running loop, mixed: no exception, and not a word on stderr."""
-    nbformat = pytest.importorskip("nbformat", reason="pip install nbformat nbclient ipykernel")
-    nbclient = pytest.importorskip("nbclient", reason="pip install nbformat nbclient ipykernel")
-    cells = [
-        f"import helpers; port = {tiny_service.port}",
-        "print(helpers.ask('Hello', max_tokens=20, port=port))",
-        "async for piece in helpers.stream('Hello', max_tokens=20, port=port):\n    print(piece, end='')",
-        "print(await helpers.aask('Hello', max_tokens=20, port=port))",
-        "from jina import Client\n"
-        "from helpers.schemas import ModelOutputDocument, PromptDocument\n"
-        "client = Client(port=port, protocol='grpc', asyncio=True)\n"
-        "prompt = PromptDocument(prompt='Hello', max_tokens=20)\n"
-        "async for doc in client.stream_doc(on='/stream', inputs=prompt, return_type=ModelOutputDocument):\n"
-        "    print(doc.generated_text, end='')",
-        "for piece in helpers.stream('Hello', max_tokens=20, port=port):\n    print(piece, end='')",
-    ]
+@each_notebook
+def test_no_widget_is_stored_because_only_a_kernel_could_show_it(notebook: Path) -> None:
+    assert "jupyter.widget-" not in notebook.read_text()
+
+
+CLIENTS = {
+    "ask": "print(helpers.ask('Hello', max_tokens=20, port=port))",
+    "async for": """
+async for piece in helpers.stream('Hello', max_tokens=20, port=port):
+    print(piece, end='')""",
+    "aask": "print(await helpers.aask('Hello', max_tokens=20, port=port))",
+    "the article's client": """
+from jina import Client
+from helpers.schemas import ModelOutputDocument, PromptDocument
+client = Client(port=port, protocol='grpc', asyncio=True)
+prompt = PromptDocument(prompt='Hello', max_tokens=20)
+async for doc in client.stream_doc(on='/stream', inputs=prompt, return_type=ModelOutputDocument):
+    print(doc.generated_text, end='')""",
+    "for": """
+for piece in helpers.stream('Hello', max_tokens=20, port=port):
+    print(piece, end='')""",
+}
+
+
+def test_sync_async_and_the_articles_client_share_a_kernel_without_a_word_on_stderr(tiny_service: Any) -> None:
+    nbformat = pytest.importorskip("nbformat", reason=INSTALL_LAB)
+    nbclient = pytest.importorskip("nbclient", reason=INSTALL_LAB)
+    cells = [f"import helpers; port = {tiny_service.port}", *CLIENTS.values()]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.outputs]
-    assert {output.name for output in outputs} == {"stdout"}
-    expected = tiny_service.ask("Hello", max_tokens=20).text
-    by_chat = ["".join(o.text for o in notebook.cells[n].outputs).rstrip("\n") for n in (1, 2, 3, 5)]
-    assert by_chat == [expected.rstrip("\n")] * 4
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert {output.name for cell in notebook.cells for output in cell.outputs} == {"stdout"}
+    printed = {
+        client: "".join(output.text for output in cell.outputs).rstrip("\n")
+        for client, cell in zip(CLIENTS, notebook.cells[1:], strict=True)
+    }
     raw = tiny_service.ask(prompt="Hello", max_tokens=20).text
-    assert "".join(output.text for output in notebook.cells[4].outputs) == raw
+    answer = tiny_service.ask("Hello", max_tokens=20).text
+    assert printed.pop("the article's client") == raw.rstrip("\n")
+    assert set(printed.values()) == {answer.rstrip("\n")}

@@ -1,20 +1,21 @@
-"""Prompts, letter by letter and id by id, against a second reading of Meta's reference.
+"""`helpers.prompts`, letter by letter and id by id, against a second implementation of Meta's reference.
 
-The tokenizer is a real one of Llama 2's kind: the SentencePiece model that the mistral-common
-package ships (BPE, BOS 1, EOS 2, byte fallback), read once by `sentencepiece` itself, as Meta does,
-and once by transformers, as the service does. Its numbers are not Llama 2's, its rules are.
+The tokenizer is a real one of Llama 2's kind: the SentencePiece model of the package mistral-common (BPE, BOS 1,
+EOS 2, byte fallback). `sentencepiece` itself reads it, as Meta does, and transformers reads it, as the service does.
+Its ids differ from Llama 2's, its rules do not.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import fast_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,14 +33,18 @@ from helpers.prompts import (
     llama2_token_ids,
     token_ids,
 )
+from tokenizer_kinds import llama_tokenizer_of
 
-LLAMA2_LIKE_TEMPLATE = "{{ bos_token }}[INST] <<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n{{ messages[1].content }} [/INST]"
+LLAMA2_TEMPLATE = "[INST] <<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n{{ messages[1].content }} [/INST]"
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Typed from the article, line breaks at both ends and inside the paragraphs included.
+EXAMPLES = pytest.mark.parametrize("examples", [50, pytest.param(2000, marks=pytest.mark.long)])
+"""How many examples of a property are tried."""
+
+# As the article prints it, with its line breaks.
 ARTICLE_PROMPT = """
 <s>[INST] <<SYS>>
 You are a helpful, respectful, and honest assistant. Always answer as helpfully
@@ -66,14 +71,23 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-@pytest.fixture(scope="session", params=["legacy=False", "legacy=True", "tokenizer.json as it is"])
-def any_llama2_tokenizer(request: pytest.FixtureRequest, sentencepiece_model: Any) -> Any:
-    return fast_tokenizer(request.param)
+KINDS = ["legacy=False", "legacy=True", "tokenizer.json as it is"]
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizers(sentencepiece_model: Any) -> dict[str, Any]:
+    return {kind: llama_tokenizer_of(kind) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def any_llama2_tokenizer(request: pytest.FixtureRequest, llama2_tokenizers: dict[str, Any]) -> Any:
+    """Each sort of published files, one after the other."""
+    return llama2_tokenizers[request.param]
 
 
 @pytest.fixture(scope="session")
 def chatml_tokenizer(sentencepiece_model: Any) -> Any:
-    tokenizer = fast_tokenizer("legacy=False")
+    tokenizer = llama_tokenizer_of("legacy=False")
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "\n\n"], special_tokens=True)
     tokenizer.add_tokens(["<think>"])
     tokenizer.chat_template = CHATML_TEMPLATE
@@ -86,10 +100,11 @@ def untemplated(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return llama2_tokenizer
 
 
-# --- Meta's reference, read a second time ---------------------------------------------------------
+# --- Meta's reference, implemented a second time --------------------------------------------------
 
 
 def metas_ids(model: Any, dialog: list[Message]) -> list[int]:
+    """Return the ids of `dialog` as ``chat_completion`` makes them, with a SentencePiece model."""
     contents = [message["content"] for message in dialog]
     if dialog[0]["role"] == "system":
         folded = "<<SYS>>\n" + contents[0] + "\n<</SYS>>\n\n" + contents[1]
@@ -109,7 +124,9 @@ WORDS = (
 )  # fmt: skip
 
 
-def a_dialog(rng: random.Random) -> list[Message]:
+def random_dialog(rng: random.Random) -> list[Message]:
+    """Return a dialog of at most five closed turns, made of `WORDS`."""
+
     def some(least: int) -> str:
         return "".join(rng.choice(WORDS) for _ in range(rng.randint(least, 12)))
 
@@ -119,23 +136,21 @@ def a_dialog(rng: random.Random) -> list[Message]:
     return [*dialog, user(some(0) + "?" + some(0))]
 
 
-def test_ids_are_metas_for_a_thousand_dialogs(
-    any_llama2_tokenizer: Any, sentencepiece_model: Any
-) -> None:
+def test_ids_are_metas_for_a_thousand_dialogs(any_llama2_tokenizer: Any, sentencepiece_model: Any) -> None:
     rng = random.Random(2)
     compared: dict[str, list[Message]] = {}
     while len(compared) < 1000:
-        dialog = a_dialog(rng)
+        dialog = random_dialog(rng)
         expected = metas_ids(sentencepiece_model, dialog)
         assert llama2_token_ids(dialog, any_llama2_tokenizer) == expected, dialog
         assert llama2_token_ids(llama2_prompt(dialog), any_llama2_tokenizer) == expected, dialog
         compared[repr(dialog)] = dialog
     lengths = [len(dialog) for dialog in compared.values()]
-    assert {1, 2, 3, 4, 5, 6, 11, 12} == set(lengths) and min(map(lengths.count, lengths)) > 50
+    assert set(lengths) == {1, 2, 3, 4, 5, 6, 11, 12} and min(map(lengths.count, lengths)) > 50
 
 
 def texts(min_size: int = 0) -> st.SearchStrategy[str]:
-    """Any text at all that a dialog may hold."""
+    """Return a strategy for every text that a message may contain."""
     return st.text(min_size=min_size, max_size=40).filter(
         lambda text: not any(mark in text for mark in (*SPECIAL_TAGS, "<s>", "</s>", "<unk>"))
     )
@@ -150,44 +165,38 @@ def dialogs(draw: st.DrawFn, max_turns: int = 3) -> list[Message]:
     return [*dialog, user(draw(question))]
 
 
-@settings(max_examples=200, deadline=None)
-@given(dialog=dialogs())
-def test_a_dialog_and_its_text_have_the_same_ids_which_are_metas(
-    dialog: list[Message], llama2_tokenizer: Any, sentencepiece_model: Any
-) -> None:
-    expected = metas_ids(sentencepiece_model, dialog)
-    assert llama2_token_ids(dialog, llama2_tokenizer) == expected
-    assert llama2_token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
-    assert token_ids(dialog, llama2_tokenizer) == expected
-    assert token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
-    assert count_tokens(dialog, llama2_tokenizer) == len(expected)
+@EXAMPLES
+def test_a_dialog_and_its_text_have_metas_ids(examples: int, llama2_tokenizer: Any, sentencepiece_model: Any) -> None:
+    @settings(max_examples=examples, deadline=None)
+    @given(dialog=dialogs())
+    def check(dialog: list[Message]) -> None:
+        expected = metas_ids(sentencepiece_model, dialog)
+        assert llama2_token_ids(dialog, llama2_tokenizer) == expected
+        assert llama2_token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
+        assert token_ids(dialog, llama2_tokenizer) == expected
+        assert token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
+        assert count_tokens(dialog, llama2_tokenizer) == len(expected)
+
+    check()
 
 
-# --- The text -------------------------------------------------------------------------------------
+# --- Llama 2's prompt format, as text -------------------------------------------------------------
 
 
-def test_the_texts_of_the_schema() -> None:
+def test_the_text_of_a_dialog() -> None:
     assert llama2_prompt([user(" hi\n")]) == "<s>[INST] hi [/INST]"
-    assert (
-        llama2_prompt([system("Be kind."), user("hi ")])
-        == "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"
-    )
+    assert llama2_prompt([system("Be kind."), user("hi ")]) == "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"
     three_turns = [user("a"), assistant(" b\n"), user("c"), assistant("d"), user("e")]
     assert llama2_prompt([system("S"), *three_turns]) == (
-        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s>"
-        "<s>[INST] c [/INST] d </s>"
-        "<s>[INST] e [/INST]"
+        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST] d </s><s>[INST] e [/INST]"
     )
 
 
-def test_the_system_prompt_is_put_in_front_before_the_question_is_stripped() -> None:
-    assert (
-        llama2_prompt([system(" S "), user(" hi ")])
-        == "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n hi [/INST]"
-    )
+def test_whitespace_between_system_prompt_and_question_stays() -> None:
+    assert llama2_prompt([system(" S "), user(" hi ")]) == "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n hi [/INST]"
 
 
-def test_the_articles_words() -> None:
+def test_the_system_prompt_and_the_question_are_the_articles() -> None:
     printed = "\n".join(ARTICLE_PROMPT.splitlines()[2:9])
     assert SYSTEM_PROMPT.split() == printed.split()
     assert len(SYSTEM_PROMPT.split("\n\n")) == 2 and SYSTEM_PROMPT.count("\n") == 2
@@ -195,7 +204,7 @@ def test_the_articles_words() -> None:
     assert llama2_prompt([system(SYSTEM_PROMPT), user(QUESTION)]).split() == ARTICLE_PROMPT.split()
 
 
-# --- A text that came over the wire ---------------------------------------------------------------
+# --- Llama 2's prompt format, from text to ids ----------------------------------------------------
 
 
 def test_the_articles_own_prompt_begins_as_llama2_was_trained(any_llama2_tokenizer: Any) -> None:
@@ -206,7 +215,7 @@ def test_the_articles_own_prompt_begins_as_llama2_was_trained(any_llama2_tokeniz
     assert pieces[-3:] == ["/", "INST", "]"]
 
 
-def test_the_tokenizer_alone_would_get_it_wrong(llama2_tokenizer: Any) -> None:
+def test_the_tokenizer_alone_gets_the_articles_prompt_wrong(llama2_tokenizer: Any) -> None:
     pieces = llama2_tokenizer.convert_ids_to_tokens(llama2_tokenizer.encode(ARTICLE_PROMPT))
     assert pieces[:6] == ["<s>", "▁", "<0x0A>", "<s>", "[", "INST"]
 
@@ -226,40 +235,37 @@ TWO_TURNS = "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]"
         ("[INST] a [/INST] b </s><s>[INST] c [/INST]\n", TWO_TURNS),
     ],
 )
-def test_a_text_counts_by_its_turns(written: str, meant: str, any_llama2_tokenizer: Any) -> None:
+def test_whitespace_around_turns_and_a_missing_or_double_bos_do_not_matter(
+    written: str, meant: str, any_llama2_tokenizer: Any
+) -> None:
     ids = llama2_token_ids(written, any_llama2_tokenizer)
     assert ids == llama2_token_ids(meant, any_llama2_tokenizer)
     assert ids.count(1) == meant.count("<s>") and ids.count(2) == meant.count("</s>")
 
 
-@settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.sampled_from(["<s>", "</s>", " ", "\n", "a", "[INST]", "é"]), min_size=1))
-def test_every_text_has_a_bos_in_front_and_never_two_in_a_row(
-    parts: list[str], llama2_tokenizer: Any
-) -> None:
-    text = "".join(parts)
-    if not text.strip():
-        with pytest.raises(InvalidRequest, match="prompt is empty"):
-            llama2_token_ids(text, llama2_tokenizer)
-        return
-    ids = llama2_token_ids(text, llama2_tokenizer)
-    assert ids[0] == 1
-    assert (1, 1) not in zip(ids, ids[1:])
-    assert ids.count(2) == text.count("</s>")
+@EXAMPLES
+def test_every_text_begins_with_one_bos(examples: int, llama2_tokenizer: Any) -> None:
+    parts = st.lists(st.sampled_from(["<s>", "</s>", " ", "\n", "a", "[INST]", "é"]), min_size=1)
+
+    @settings(max_examples=examples, deadline=None)
+    @given(text=parts.map("".join).filter(str.strip))
+    def check(text: str) -> None:
+        ids = llama2_token_ids(text, llama2_tokenizer)
+        assert ids[0] == 1
+        assert (1, 1) not in itertools.pairwise(ids)
+        assert ids.count(2) == text.count("</s>")
+
+    check()
 
 
-def test_whitespace_inside_a_turn_stays_as_written(
-    llama2_tokenizer: Any, sentencepiece_model: Any
-) -> None:
+def test_whitespace_inside_a_turn_stays_as_written(llama2_tokenizer: Any, sentencepiece_model: Any) -> None:
     segments = ["[INST]\na\n\n[/INST]\n b\n", "[INST]  c [/INST]"]
     first, last = map(sentencepiece_model.encode, segments)
     ids = llama2_token_ids(f"<s>{segments[0]}</s>\n<s>{segments[1]}", llama2_tokenizer)
     assert ids == [1, *first, 2, 1, *last]
 
 
-def test_a_text_of_another_model_is_its_tokenizers_own(
-    untemplated: Any, chatml_tokenizer: Any
-) -> None:
+def test_a_text_for_another_model_is_encoded_by_its_tokenizer(untemplated: Any, chatml_tokenizer: Any) -> None:
     assert token_ids(" hi\n", untemplated) == untemplated.encode(" hi\n")
     for text in ("<s>hi", "\n<s>hi"):
         assert token_ids(text, untemplated).count(untemplated.bos_token_id) == 1
@@ -270,116 +276,124 @@ def test_a_text_of_another_model_is_its_tokenizers_own(
 @pytest.mark.parametrize("text", ["", " \n\t"])
 def test_an_empty_text_is_refused(text: str, llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
     for tokenizer in (llama2_tokenizer, chatml_tokenizer):
-        with pytest.raises(InvalidRequest, match="prompt is empty: write"):
+        with pytest.raises(InvalidRequest, match=r"^The prompt is empty\. Write"):
             token_ids(text, tokenizer)
 
 
-def test_a_text_that_is_no_unicode_is_refused(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
+def test_a_text_that_is_not_unicode_is_refused(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
     for tokenizer in (llama2_tokenizer, chatml_tokenizer):
         with pytest.raises(InvalidRequest, match=r"^The prompt is not valid Unicode.* 3 is"):
             token_ids("hi\ud83d", tokenizer)
 
 
-# --- Which dialogs are none -----------------------------------------------------------------------
+# --- What is not a dialog -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([], "The dialog is empty: send at least one user message"),
-        ("hi", "a list of messages, and this is a str: send"),
-        (user("hi"), "a list of messages, and this is a dict: send"),
+        ([], r"The dialog is empty\. Send at least one user message"),
+        ("hi", r"a list of messages, and this is a str\. Send"),
+        (user("hi"), r"a list of messages, and this is a dict\. Send"),
         (None, "this is a NoneType"),
-        (["hi"], "Message 1 is not a dict .* write it as"),
+        (["hi"], "Message 1 is not a dict .* Write it as"),
         ([{"role": "user"}], "Message 1 is not a dict"),
         ([{"content": "hi"}], "Message 1 is not a dict"),
         ([{"role": "user", "content": None}], "Message 1 is not a dict"),
         ([{"role": "user", "content": ["hi"]}], "Message 1 is not a dict"),
         ([user("a"), {"role": 1, "content": "hi"}], "Message 2 is not a dict"),
-        ([user("a"), {"role": "tool", "content": "b"}], "2 has the unknown role 'tool': use"),
-        ([user("a"), system("b"), user("c")], r"Message 2 \(system\) comes too late.* Move it"),
-        ([system("a"), system("b"), user("c")], r"Message 2 \(system\) comes too late"),
-        ([user("a"), assistant("b"), system("c"), user("d")], r"Message 3 \(system\) comes too"),
-        ([assistant("a"), user("b")], r"Message 1 \(assistant\) is out of turn.* the user should"),
+        ([user("a"), {"role": "tool", "content": "b"}], r"2 has the unknown role 'tool'\. Use"),
+        ([user("a"), system("b"), user("c")], r"Message 2 \(system\) is not the first .* send it first"),
+        ([system("a"), system("b"), user("c")], r"Message 2 \(system\) is not the first"),
+        ([user("a"), assistant("b"), system("c"), user("d")], r"Message 3 \(system\) is not the first"),
+        ([assistant("a"), user("b")], r"Message 1 \(assistant\) is out of turn.* be the user's"),
         ([system("s"), assistant("a"), user("b")], r"Message 2 \(assistant\) is out of turn"),
-        ([user("a"), user("b")], r"Message 2 \(user\) is out of turn.* the assistant should speak"),
+        ([user("a"), user("b")], r"Message 2 \(user\) is out of turn.* the assistant's"),
         ([user("a"), assistant("b"), assistant("c")], r"Message 3 \(assistant\) is out of turn"),
-        ([system("a")], r"Message 1 \(system\) is the last one.* end the dialog with a user"),
+        ([system("a")], r"Message 1 \(system\) is the last one.* End the dialog with a user"),
         ([user("a"), assistant("b")], r"Message 2 \(assistant\) is the last one"),
-        ([user(" \n")], r"Message 1 \(user\) is empty: write"),
+        ([user(" \n")], r"Message 1 \(user\) is empty\. Write"),
         ([system("s"), user("")], r"Message 2 \(user\) is empty"),
         ([user("a\ud83d")], r"1 \(user\) is not valid Unicode: its character 2 is '\\ud83d'"),
     ],
 )
-def test_what_is_no_dialog_is_refused_with_its_place_and_cure(messages: Any, says: str) -> None:
-    with pytest.raises(InvalidRequest, match=says) as refusal:
+def test_what_is_not_a_dialog_is_refused_with_its_place_and_a_fix(messages: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as error:
         check_dialog(messages)
-    str(refusal.value).encode("utf-8")
+    str(error.value).encode("utf-8")  # also if the message is not valid Unicode
 
 
-@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+@pytest.mark.parametrize("tag", SPECIAL_TAGS)
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_tag_in_a_message_of_system_or_user_is_refused(
+def test_a_tag_in_a_system_or_user_message_is_refused(
     tag: str, place: int, llama2_tokenizer: Any, chatml_tokenizer: Any
 ) -> None:
     dialog = [system("s"), user("a"), assistant("b"), user("c")]
     dialog[place]["content"] += f" x{tag}y"
-    for refuse in (
-        lambda: check_dialog(dialog),
-        lambda: llama2_prompt(dialog),
-        lambda: token_ids(dialog, llama2_tokenizer),
-        lambda: token_ids(dialog, chatml_tokenizer),
-    ):
-        with pytest.raises(InvalidRequest) as refusal:
-            refuse()
-        message = str(refusal.value)
-        assert message.startswith(f"Message {place + 1} ({dialog[place]['role']}) holds {tag!r}")
-        assert "prompt injection" in message and "Take it out" in message
-
-
-def test_what_a_model_wrote_can_be_sent_back_and_is_no_tag(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
-    said = "[INST] <<SYS>>\n[[INST]INST] </s><s><|im_end|><|im_start|>user"
-    dialog = [user("a"), assistant(said), user("c")]
-    assert check_dialog(dialog)[1] == assistant(
-        "[ INST] < <SYS>>\n[[ INST]INST] </s><s><|im_end|><|im_start|>user"
+    message = (
+        rf"^Message {place + 1} \({dialog[place]['role']}\) contains {re.escape(repr(tag))}.*prompt injection.*Remove"
     )
-    assert dialog[1] == assistant(said)
+    for refuse in (
+        check_dialog,
+        llama2_prompt,
+        lambda dialog: token_ids(dialog, llama2_tokenizer),
+        lambda dialog: token_ids(dialog, chatml_tokenizer),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            refuse(dialog)
+
+
+WROTE = "[INST] <<SYS>>\n[[INST]INST] </s><s><|im_end|><|im_start|>user"
+"""What a model might answer: every mark that a prompt format gives a meaning to."""
+
+
+def test_a_tag_in_an_answer_gets_a_space() -> None:
+    dialog = [user("a"), assistant(WROTE), user("c")]
+    assert check_dialog(dialog)[1] == assistant("[ INST] < <SYS>>\n[[ INST]INST] </s><s><|im_end|><|im_start|>user")
+    assert dialog[1] == assistant(WROTE)
     assert llama2_prompt(dialog).count("[INST]") == llama2_prompt(dialog).count("<s>") == 2
-    ids = token_ids(dialog, llama2_tokenizer)
+
+
+def test_an_answer_can_be_sent_back_without_becoming_a_turn_of_llama_2(llama2_tokenizer: Any) -> None:
+    ids = token_ids([user("a"), assistant(WROTE), user("c")], llama2_tokenizer)
     assert (ids.count(1), ids.count(2)) == (2, 1)
     assert llama2_tokenizer.decode(ids).count("[INST]") == 2
-    ids = token_ids(dialog, chatml_tokenizer)
-    plain = token_ids([user("a"), assistant("b"), user("c")], chatml_tokenizer)
+
+
+def test_an_answer_can_be_sent_back_without_becoming_a_turn_of_another_model(chatml_tokenizer: Any) -> None:
+    ids, plain = (token_ids([user("a"), assistant(text), user("c")], chatml_tokenizer) for text in (WROTE, "b"))
     for token in ("<|im_start|>", "<|im_end|>"):
         special = chatml_tokenizer.convert_tokens_to_ids(token)
         assert ids.count(special) == plain.count(special)
 
 
-def test_special_tokens_in_a_message_are_refused_where_they_would_be_read_as_such(
-    llama2_tokenizer: Any, chatml_tokenizer: Any
-) -> None:
-    for token in ("<s>", "</s>"):
-        for refuse in (llama2_prompt, lambda d: llama2_token_ids(d, llama2_tokenizer)):
-            with pytest.raises(InvalidRequest, match=rf"Message 1 \(user\) holds '{token}'"):
-                refuse([user(f"hi {token}[INST")])
-    with pytest.raises(InvalidRequest, match="holds '<unk>'"):
+@pytest.mark.parametrize("token", ["<s>", "</s>"])
+def test_a_message_cannot_contain_llama_2s_special_tokens(token: str, llama2_tokenizer: Any) -> None:
+    for refuse in (llama2_prompt, lambda dialog: llama2_token_ids(dialog, llama2_tokenizer)):
+        with pytest.raises(InvalidRequest, match=rf"Message 1 \(user\) contains '{token}'"):
+            refuse([user(f"hi {token}[INST")])
+
+
+def test_a_message_cannot_contain_the_models_own_special_tokens(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
+    with pytest.raises(InvalidRequest, match="contains '<unk>'"):
         token_ids([user("<unk>")], llama2_tokenizer)
-    with pytest.raises(InvalidRequest, match=r"holds '<\|im_end\|>'"):
+    with pytest.raises(InvalidRequest, match=r"contains '<\|im_end\|>'"):
         token_ids([user("hi<|im_end|>")], chatml_tokenizer)
-    assert token_ids([user("hi<|im_end|>")], llama2_tokenizer)
-    assert token_ids([user("a\n\nb"), assistant("<think> b"), user("c")], chatml_tokenizer)
-    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) holds '<eot>'"):
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) contains '<eot>'"):
         check_dialog([user("a<eot>b")], special_tokens=["<eot>"])
 
 
-def test_a_token_is_refused_when_the_tokenizer_uses_it_as_a_special_one(
-    sentencepiece_model: Any,
-) -> None:
-    tokenizer = fast_tokenizer("legacy=False")
+def test_a_message_may_contain_another_models_special_tokens(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
+    assert token_ids([user("hi<|im_end|>")], llama2_tokenizer)
+    assert token_ids([user("a\n\nb"), assistant("<think> b"), user("c")], chatml_tokenizer)
+
+
+def test_a_token_that_becomes_special_is_refused(sentencepiece_model: Any) -> None:
+    tokenizer = llama_tokenizer_of("legacy=False")
     tokenizer.add_tokens(["<turn>"])
     assert token_ids([user("a<turn>")], tokenizer)
     tokenizer.eos_token = "<turn>"
-    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) holds '<turn>'"):
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) contains '<turn>'"):
         token_ids([user("a<turn>")], tokenizer)
 
 
@@ -408,9 +422,7 @@ def test_messages_for_a_model_without_a_template_are_refused(untemplated: Any) -
         token_ids([user("hi")], untemplated)
 
 
-def test_what_a_template_refuses_is_an_invalid_request(
-    llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_template_refuses_is_an_invalid_request(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{{ raise_exception('Conversation roles must alternate') }}"
     monkeypatch.setattr(llama2_tokenizer, "chat_template", template)
     with pytest.raises(InvalidRequest, match=r"template refuses .*\(Conversation roles must alt"):
@@ -431,14 +443,14 @@ def test_other_failures_of_a_tokenizer_are_not_blamed_on_the_request(
 @pytest.mark.parametrize(
     ("template", "answer"),
     [
-        (LLAMA2_LIKE_TEMPLATE, True),
-        ({"default": LLAMA2_LIKE_TEMPLATE}, True),
+        (LLAMA2_TEMPLATE, True),
+        ({"default": LLAMA2_TEMPLATE}, True),
         ("{{ bos_token }}[INST] {{ messages[0].content }} [/INST]", False),
         (CHATML_TEMPLATE, False),
         (None, False),
     ],
 )
-def test_llama2_is_told_by_its_template(
+def test_a_model_is_llama_2_if_its_template_is(
     template: Any, answer: bool, llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama2_tokenizer, "chat_template", template)
@@ -448,32 +460,32 @@ def test_llama2_is_told_by_its_template(
 # --- The window -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), dialog=dialogs(max_turns=6), max_tokens=st.integers(1, 50))
+@EXAMPLES
 @pytest.mark.parametrize("kind", ["llama2", "chatml"])
-def test_a_dialog_loses_as_few_of_its_oldest_turns_as_it_can(
-    kind: str,
-    data: st.DataObject,
-    dialog: list[Message],
-    max_tokens: int,
-    llama2_tokenizer: Any,
-    chatml_tokenizer: Any,
+def test_a_dialog_loses_the_fewest_of_its_oldest_turns(
+    examples: int, kind: str, llama2_tokenizer: Any, chatml_tokenizer: Any
 ) -> None:
     tokenizer = {"llama2": llama2_tokenizer, "chatml": chatml_tokenizer}[kind]
-    head = dialog[: int(dialog[0]["role"] == "system")]
-    turns = dialog[len(head) :]
-    possible = [head + turns[2 * k :] for k in range(len(turns) // 2 + 1)]
-    lengths = [count_tokens(left, tokenizer) for left in possible]
-    window = max_tokens + data.draw(st.integers(lengths[-1], lengths[0] + 5))
 
-    fitted = fit_to_window(dialog, tokenizer, window=window, max_tokens=max_tokens)
+    @settings(max_examples=examples, deadline=None)
+    @given(data=st.data(), dialog=dialogs(max_turns=6), max_tokens=st.integers(1, 50))
+    def check(data: st.DataObject, dialog: list[Message], max_tokens: int) -> None:
+        head = dialog[: int(dialog[0]["role"] == "system")]
+        turns = dialog[len(head) :]
+        possible = [head + turns[2 * dropped :] for dropped in range(len(turns) // 2 + 1)]
+        lengths = [count_tokens(left, tokenizer) for left in possible]
+        window = max_tokens + data.draw(st.integers(lengths[-1], lengths[0] + 5))
 
-    fewest = next(k for k, length in enumerate(lengths) if length + max_tokens <= window)
-    assert fitted.dropped_turns == fewest
-    assert fitted.messages == possible[fewest]
-    assert fitted.messages[: len(head)] == head and fitted.messages[-1] == dialog[-1]
-    assert fitted.token_ids == token_ids(fitted.messages, tokenizer)
-    assert len(fitted.token_ids) + max_tokens <= window
+        fitted = fit_to_window(dialog, tokenizer, window=window, max_tokens=max_tokens)
+
+        fewest = next(dropped for dropped, length in enumerate(lengths) if length + max_tokens <= window)
+        assert fitted.dropped_turns == fewest
+        assert fitted.messages == possible[fewest]
+        assert fitted.messages[: len(head)] == head and fitted.messages[-1] == dialog[-1]
+        assert fitted.token_ids == token_ids(fitted.messages, tokenizer)
+        assert len(fitted.token_ids) + max_tokens <= window
+
+    check()
 
 
 def test_a_question_that_cannot_fit_is_refused_with_the_numbers(llama2_tokenizer: Any) -> None:
@@ -482,24 +494,22 @@ def test_a_question_that_cannot_fit_is_refused_with_the_numbers(llama2_tokenizer
     exact = fit_to_window(dialog, llama2_tokenizer, window=least + 10, max_tokens=10)
     assert exact.dropped_turns == 1 and exact.messages == dialog[-1:]
 
-    with pytest.raises(InvalidRequest) as refusal:
+    with pytest.raises(InvalidRequest) as error:
         fit_to_window(dialog, llama2_tokenizer, window=least + 9, max_tokens=10)
-    assert str(refusal.value) == (
-        f"The last question takes {least} tokens, and with max_tokens=10 for the answer that is 1 "
-        f"more than the model's window of {least + 9}: shorten it, or set max_tokens to 9 or less."
+    assert str(error.value) == (
+        f"The last question takes {least} tokens; with max_tokens=10 for the answer, that is 1 more than the "
+        f"model's context window of {least + 9}. Shorten it, or set max_tokens to 9 or less."
     )
-    with pytest.raises(InvalidRequest, match=r"^The system prompt and .* take .*one of them\.$"):
+    with pytest.raises(InvalidRequest, match=r"^The system prompt and .* take .* Shorten one of them\.$"):
         fit_to_window([system("s"), *dialog], llama2_tokenizer, window=least, max_tokens=10)
 
 
-def test_a_dialog_that_is_none_is_refused_before_it_is_fitted(llama2_tokenizer: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) holds '<s>'"):
+def test_what_is_not_a_dialog_is_refused_before_it_is_fitted(llama2_tokenizer: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) contains '<s>'"):
         fit_to_window([user("<s>")], llama2_tokenizer, window=100, max_tokens=10)
 
 
-def test_a_long_dialog_is_encoded_a_few_times_not_once_per_turn(
-    llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_dialog_is_not_encoded_once_per_turn(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = 512
     dialog = [user("a"), assistant("b")] * turns + [user("c")]
     whole = count_tokens(dialog, llama2_tokenizer)
@@ -519,7 +529,7 @@ def test_a_long_dialog_is_encoded_a_few_times_not_once_per_turn(
 # --- The module -----------------------------------------------------------------------------------
 
 
-def test_the_module_is_light() -> None:
+def test_the_module_imports_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'jina', 'docarray', 'tokenizers', 'jinja2'}"
     code = f"import sys, helpers.prompts; assert not {heavy} & set(sys.modules)"
     root = Path(__file__).parent.parent

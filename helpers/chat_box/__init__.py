@@ -1,0 +1,5 @@
+"""A chat in a notebook: ``helpers.ChatBox(service.conversation())``."""
+
+from .widget import ChatBox
+
+__all__ = ["ChatBox"]

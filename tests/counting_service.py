@@ -1,0 +1,27 @@
+"""A service as a user writes one after the article: an Executor that streams numbers.
+
+python counting_service.py --port N
+"""
+
+import argparse
+
+from docarray import BaseDoc
+from jina import Deployment, Executor, requests
+
+
+class Number(BaseDoc):
+    n: int
+
+
+class Counting(Executor):
+    @requests(on="/count")
+    async def count(self, doc: Number, **kwargs) -> Number:
+        for n in range(doc.n):
+            yield Number(n=n)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int)
+    with Deployment(uses=Counting, port=parser.parse_args().port, protocol="grpc") as dep:
+        dep.block()

@@ -1,0 +1,15 @@
+"""Wait for a condition: with a limit that only a broken program reaches, however slow the machine is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
+    """Return when `condition` is true. Raise `AssertionError` if it never is."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"never happened: {what}"
+        time.sleep(0.02)

@@ -1,0 +1,128 @@
+"""A service in the test's own process: a real gRPC server, and answers that the test writes. It starts at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from helpers._jina import SingleDocumentRequest
+from helpers.conversation import Conversation
+from helpers.errors import InvalidRequest, to_wire
+from helpers.schemas import ChatDocument, CountDocument, ModelDocument, ModelOutputDocument, PromptDocument
+
+REFUSED = InvalidRequest("The question is refused. Ask another one.")
+Script = Callable[[Any], Iterator[ModelOutputDocument]]
+
+
+class ScriptedService:
+    """A service on a free `port`. ``script(request)`` yields the documents of an answer; `requests` holds all requests.
+
+    The default script never ends by itself: answer 2 with ``max_tokens=3`` is ``"2:0 2:1 2:2 "``.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.script: Script = self.count_up
+        self.token_counts = CountDocument(prompt_tokens=30, context_length=512)
+        self.resume = threading.Event()
+        self.port = 0
+        self.start()
+
+    def __enter__(self) -> ScriptedService:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start, on the same port as before."""
+        from jina.proto.jina_pb2_grpc import add_JinaSingleDocumentRequestRPCServicer_to_server
+
+        self.resume.clear()
+        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+        add_JinaSingleDocumentRequestRPCServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop, and break off whatever is being answered."""
+        stopping = self._server.stop(grace=None)
+        self.resume.set()
+        stopping.wait()
+
+    def conversation(self, system: str | None = None, **options: Any) -> Conversation:
+        return Conversation(system, port=self.port, **options)
+
+    def count_up(self, request: Any) -> Iterator[ModelOutputDocument]:
+        number = len(self.requests)
+        yield from tokens(*(f"{number}:{n} " for n in range(request.max_tokens)))
+        yield last("length")
+
+    def silence(self, request: Any) -> Iterator[ModelOutputDocument]:
+        """A script that yields nothing until the test sets `resume`."""
+        self.resume.wait()
+        yield from self.count_up(request)
+
+    def half(self, request: Any) -> Iterator[ModelOutputDocument]:
+        """A script that yields two tokens, and the rest when the test sets `resume`."""
+        yield from tokens("Half ", "an ")
+        self.resume.wait()
+        yield from self.count_up(request)
+
+    def fail(self, request: Any) -> Iterator[ModelOutputDocument]:
+        """A script that fails after two tokens."""
+        yield from tokens("Half ", "an ")
+        yield failed(REFUSED)
+
+    def refuse(self, request: Any) -> Iterator[ModelOutputDocument]:
+        """A script that refuses every request."""
+        yield failed(REFUSED)
+
+    def stream_doc(self, message: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Jina's endpoint for a stream; gRPC calls it."""
+        for document in self._reply(message, context):
+            reply = SingleDocumentRequest()
+            reply.document_cls = type(document)
+            reply.data.doc = document
+            yield reply
+
+    def _reply(self, message: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        endpoint = message.header.exec_endpoint
+        if endpoint == "/info":
+            loads = {"context_length": 512, "steps": 0, "running": 0, "waiting": 0}
+            yield ModelDocument(model="scripted", precision="fp32", device="cpu", **loads)
+            return
+        if endpoint not in ("/chat", "/stream", "/count"):
+            return
+        document_type = PromptDocument if endpoint == "/stream" else ChatDocument
+        request = document_type.from_protobuf(message.proto.document)
+        if endpoint == "/count":
+            yield self.token_counts
+            return
+        self.requests.append(request)
+        for document in self.script(request):
+            if not context.is_active():
+                return
+            yield document
+
+
+def tokens(*pieces: str) -> Iterator[ModelOutputDocument]:
+    """Yield a document for each token; the first tells a prompt of 5 tokens."""
+    for number, piece in enumerate(pieces):
+        yield ModelOutputDocument(token_id=number, generated_text=piece, prompt_tokens=None if number else 5)
+
+
+def last(finish_reason: str, dropped_turns: int = 0) -> ModelOutputDocument:
+    """Return the last document of a complete answer."""
+    return ModelOutputDocument(
+        token_id=-1, generated_text="", finish_reason=finish_reason, prompt_tokens=5, dropped_turns=dropped_turns
+    )
+
+
+def failed(error: Exception) -> ModelOutputDocument:
+    """Return the last document of an answer that failed."""
+    return ModelOutputDocument(token_id=-1, generated_text="", finish_reason="error", error=to_wire(error))

@@ -1,0 +1,228 @@
+"""The endpoints in this process, without a server: one document per token, and every failure in the last one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the executor needs the packages that run a model")
+
+from helpers import prompts
+from helpers.errors import InvalidRequest, ModelUnavailable
+from helpers.executor import ChatRequest, PromptRequest, TokenStreamingExecutor
+from helpers.schemas import ModelOutputDocument, PromptDocument
+
+DIALOG = [{"role": "user", "content": "What is a token?"}]
+
+
+@contextmanager
+def executors(folder: Path) -> Iterator[Callable[..., TokenStreamingExecutor]]:
+    """Start executors with the model in `folder`, or another, and the given `EngineArgs`. Close them at the end."""
+    started, switch_interval = [], sys.getswitchinterval()
+
+    def start(model: str = str(folder), **limits: int) -> TokenStreamingExecutor:
+        started.append(TokenStreamingExecutor(model=model, precision="fp32", engine_args=limits))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for executor in started:
+            executor.close()
+        sys.setswitchinterval(switch_interval)
+        logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def start(tiny_folder: Path) -> Iterator[Callable[..., TokenStreamingExecutor]]:
+    with executors(tiny_folder) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def executor(tiny_folder: Path) -> Iterator[TokenStreamingExecutor]:
+    """An executor that several tests share."""
+    with executors(tiny_folder) as start:
+        yield start()
+
+
+def prompt(text: str = "[INST] Hello [/INST]", max_tokens: int = 10, **options: Any) -> PromptRequest:
+    return PromptRequest(prompt=text, max_tokens=max_tokens, **options)
+
+
+def dialog(*messages: dict[str, str], max_tokens: int = 10) -> ChatRequest:
+    return ChatRequest(messages=[*DIALOG, *messages], max_tokens=max_tokens)
+
+
+def received(endpoint: AsyncIterator[Any]) -> list[Any]:
+    """Return all documents of a stream."""
+
+    async def read() -> list[Any]:
+        return [document async for document in endpoint]
+
+    return asyncio.run(read())
+
+
+def test_each_token_is_a_document_and_the_last_one_carries_the_usage(executor: Any, tiny: Any) -> None:
+    *tokens, last = received(executor.task(prompt()))
+    assert len(tokens) == 10
+    ids = [document.token_id for document in tokens]
+    text = "".join(document.generated_text for document in [*tokens, last])
+    assert text == tiny.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    prompt_tokens = len(prompts.token_ids("[INST] Hello [/INST]", tiny.tokenizer))
+    assert (last.token_id, last.finish_reason, last.completion_tokens) == (-1, "length", 10)
+    assert (last.prompt_tokens, last.dropped_turns, last.error) == (prompt_tokens, 0, None)
+    assert [document.prompt_tokens for document in tokens] == [prompt_tokens, *[None] * 9]
+    assert {document.finish_reason for document in tokens} == {None}
+
+
+def test_a_stop_string_ends_the_answer(executor: Any) -> None:
+    text = "".join(document.generated_text for document in received(executor.task(prompt())))
+    stop = text[5:8]
+    *_, last = stopped = received(executor.task(prompt(stop=[stop])))
+    assert "".join(document.generated_text for document in stopped) == text[: text.index(stop)]
+    assert last.finish_reason == "stop"
+    assert last.completion_tokens == len(stopped) - 1
+
+
+def test_a_dialog_is_answered_and_counted_in_the_models_own_format(executor: Any, tiny: Any) -> None:
+    (counted,) = received(executor.count(dialog()))
+    *_, last = received(executor.chat(dialog()))
+    assert counted.prompt_tokens == last.prompt_tokens == prompts.count_tokens(DIALOG, tiny.tokenizer)
+    assert (counted.context_length, counted.error) == (512, None)
+
+
+def test_a_dialog_that_exceeds_the_context_loses_its_oldest_turns(executor: Any) -> None:
+    turns = [
+        message
+        for _ in range(20)
+        for message in ({"role": "assistant", "content": "word " * 20}, {"role": "user", "content": "And then?"})
+    ]
+    first, *_, last = received(executor.chat(dialog(*turns)))
+    assert first.dropped_turns == last.dropped_turns > 5
+    assert last.finish_reason == "length"
+
+
+def test_info_describes_the_model_and_its_load(executor: Any) -> None:
+    (before,) = received(executor.info(prompt()))
+    received(executor.task(prompt()))
+    (after,) = received(executor.info(prompt()))
+    assert (after.precision, after.device, after.context_length) == ("fp32", "cpu", 512)
+    assert (after.steps - before.steps, after.running, after.waiting) == (10, 0, 0)
+
+
+def test_a_client_that_disconnects_cancels_its_answer(executor: Any) -> None:
+    async def disconnect() -> None:
+        async with aclosing(executor.task(prompt(max_tokens=400))) as documents:
+            async for _ in documents:
+                break
+        before = executor.engine.steps
+        while executor.engine.running:
+            await asyncio.sleep(0)
+        assert executor.engine.steps <= before + 1
+
+    asyncio.run(disconnect())
+
+
+def test_a_service_that_stops_says_so_to_its_clients(start: Any) -> None:
+    executor = start()
+
+    async def read() -> list[Any]:
+        documents = []
+        async for document in executor.task(prompt(max_tokens=400)):
+            if not documents:
+                executor.engine.close()
+            documents.append(document)
+        return documents
+
+    *_, last = asyncio.run(read())
+    assert last.finish_reason == "error"
+    assert last.error.startswith("ServiceUnavailable: The service was stopped before the answer was complete.")
+
+
+def test_a_failing_model_ends_the_stream_with_an_error(executor: Any) -> None:
+    hook = executor.chat_model.model.register_forward_pre_hook(lambda *_: 1 / 0)
+    (last,) = received(executor.task(prompt()))
+    hook.remove()
+    assert last.finish_reason == "error"
+    assert last.error.startswith("GenerationFailed: The model failed after 0 tokens (ZeroDivisionError")
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "error"),
+    [
+        (prompt(max_tokens=0), "max_tokens is 0. Ask for at least 1 token."),
+        (prompt(temperature=3.0), "temperature is 3.0. "),
+        (prompt(max_tokens=512), "more than the 512 tokens of the context window"),
+        (prompt("x" * 10**6), "1,000,000 characters, far more than the 512 tokens of the context window can hold"),
+        (dialog({"role": "user", "content": "x" * 10**6}), "1,000,000 characters, far more than"),
+        (dialog({"role": "assistant", "content": "I end the dialog."}), "assistant"),
+    ],
+    ids=["max_tokens", "temperature", "context window", "long prompt", "long question", "no question"],
+)
+def test_a_request_that_cannot_be_answered_is_refused(executor: Any, document: Any, error: str) -> None:
+    endpoint, steps = executor.chat if isinstance(document, ChatRequest) else executor.task, executor.engine.steps
+    (last,) = received(endpoint(document))
+    assert last.finish_reason == "error"
+    assert last.error.startswith("InvalidRequest: ")
+    assert error in last.error
+    assert executor.engine.steps == steps
+
+
+def test_a_document_with_other_fields_is_refused(executor: Any) -> None:
+    other = ModelOutputDocument(token_id=1, generated_text="")
+    for endpoint, document in ((executor.task, PromptRequest), (executor.chat, ChatRequest)):
+        (last,) = received(endpoint(document.from_protobuf(other.to_protobuf())))
+        assert last.error.startswith("InvalidRequest: The request cannot be read: max_tokens: Field required")
+    (counted,) = received(executor.count(ChatRequest.from_protobuf(other.to_protobuf())))
+    assert counted.error.startswith("InvalidRequest: The request cannot be read")
+
+
+def test_any_other_endpoint_is_refused(executor: Any) -> None:
+    (last,) = received(executor.unknown(prompt()))
+    assert last.error == "InvalidRequest: This service has no such endpoint. Use /stream, /chat, /count or /info."
+
+
+def test_a_full_queue_refuses_before_any_tokenizing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = start(max_num_seqs=1, max_queue_size=0)
+    executor.engine.submit([1] * 10, prompt(max_tokens=500).sampling_params())
+    monkeypatch.setattr("helpers.prompts.token_ids", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("helpers.prompts.fit_to_window", lambda *_, **__: pytest.fail("tokenized"))
+    monkeypatch.setattr("helpers.prompts.count_tokens", lambda *_: pytest.fail("tokenized"))
+    for endpoint, document in (
+        (executor.task, prompt()),
+        (executor.chat, dialog()),
+        (executor.count, dialog()),
+    ):
+        (last,) = received(endpoint(document))
+        assert last.error.startswith("QueueFull: The queue is full: ")
+
+
+def test_an_endpoint_of_a_subclass_may_take_the_articles_own_document(executor: Any) -> None:
+    documents = received(executor.task(PromptDocument(prompt="Hello", max_tokens=5)))
+    assert documents[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"max_num_seqs": 0}, InvalidRequest, "InvalidRequest: max_num_seqs is 0. Choose at least 1."),
+        ({"model": "/no/such/folder"}, ModelUnavailable, "ModelUnavailable: "),
+    ],
+)
+def test_what_cannot_start_prints_the_reason(
+    start: Any, capsys: pytest.CaptureFixture[str], options: dict[str, Any], error: type, sentence: str
+) -> None:
+    with pytest.raises(error):
+        start(**options)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(sentence)

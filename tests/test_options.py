@@ -1,0 +1,89 @@
+"""One place decides which values are right, and says the same to every caller."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.errors import InvalidRequest
+from helpers.options import EngineArgs, SamplingParams, check_port
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0. Ask for at least 1 token."),
+        ({"max_tokens": -3}, "max_tokens is -3. Ask for at least 1 token."),
+        ({"temperature": 2.5}, "temperature is 2.5. Choose a value from 0 (always the most likely token) to 2."),
+        ({"temperature": -0.1}, "temperature is -0.1. Choose a value from 0"),
+        ({"temperature": float("nan")}, "temperature is nan. Choose a value from 0"),
+        ({"temperature": float("inf")}, "temperature is inf. Choose a value from 0"),
+        ({"top_p": 0}, "top_p is 0. Choose a probability above 0 and at most 1."),
+        ({"top_p": 1.1}, "top_p is 1.1. Choose a probability"),
+        ({"top_p": float("nan")}, "top_p is nan. Choose a probability"),
+        ({"seed": -1}, "seed is -1. Choose a whole number from 0 to 2**31 - 1."),
+        ({"seed": 2**31}, "seed is 2147483648. Choose a whole number"),
+    ],
+    ids=str,
+)
+def test_a_sampling_option_out_of_range_is_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        SamplingParams(**wrong)
+    assert str(refused.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [{"max_tokens": 1}, {"temperature": 0}, {"temperature": 2.0}, {"top_p": 1}, {"top_p": 1e-9}, {"seed": 2**31 - 1}],
+    ids=str,
+)
+def test_a_sampling_option_at_the_end_of_its_range_is_accepted(right: dict[str, Any]) -> None:
+    SamplingParams(**right)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"context_length": 1}, "context_length is 1. Choose at least 2"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0. Choose at least 1."),
+        ({"max_queue_size": -1}, "max_queue_size is -1. Choose at least 0."),
+        ({"cache_memory": 0}, "cache_memory is 0. Choose at least 1 byte."),
+    ],
+    ids=str,
+)
+def test_a_limit_under_which_nothing_can_run_is_refused(wrong: dict[str, int], sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        EngineArgs(**wrong)
+    assert str(refused.value).startswith(sentence)
+
+
+@given(
+    context_length=st.none() | st.integers(2, 10**6),
+    max_num_seqs=st.integers(1, 1000),
+    max_queue_size=st.integers(0, 1000),
+    cache_memory=st.none() | st.integers(1, 10**12),
+)
+def test_limits_survive_the_command_line(**limits: int | None) -> None:
+    parser = argparse.ArgumentParser()
+    EngineArgs.add_to(parser)
+    args = EngineArgs(**limits)
+    assert EngineArgs.from_namespace(parser.parse_args(args.to_arguments())) == args
+    assert EngineArgs.from_namespace(parser.parse_args([])) == EngineArgs()
+
+
+def test_every_limit_has_an_option_with_a_help_text() -> None:
+    parser = argparse.ArgumentParser()
+    EngineArgs.add_to(parser)
+    for option in ("--context-length", "--max-num-seqs", "--max-queue-size", "--cache-memory"):
+        assert option in parser.format_help()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, "12345", None, 1.5])
+def test_what_is_not_a_port_of_a_service_is_refused(port: Any) -> None:
+    with pytest.raises(InvalidRequest, match="is not a port"):
+        check_port(port)
+    check_port(12345)

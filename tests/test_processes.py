@@ -1,0 +1,134 @@
+"""Ports and parents, without any service."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from background_program import Program
+from eventually import until
+from helpers.errors import InvalidRequest, ServiceUnavailable
+from helpers.processes import is_listening, kill, port_to_listen_on, remove_log
+
+
+@pytest.fixture
+def taken_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+def test_a_free_port_is_found_and_a_given_one_is_kept() -> None:
+    port = port_to_listen_on("127.0.0.1", 0)
+    assert port > 0
+    assert port_to_listen_on("127.0.0.1", port) == port
+
+
+def test_a_taken_port_names_the_process_that_holds_it(taken_port: int) -> None:
+    assert is_listening("127.0.0.1", taken_port)
+    with pytest.raises(ServiceUnavailable, match=rf"Port {taken_port} is taken by process {os.getpid()} .*0: any free"):
+        port_to_listen_on("127.0.0.1", taken_port)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 10**6])
+def test_a_number_that_is_not_a_port_is_refused(port: int) -> None:
+    with pytest.raises(InvalidRequest, match="is not a port"):
+        port_to_listen_on("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("port", [0, 12345])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_of_another_machine_is_refused(host: str, port: int) -> None:
+    with pytest.raises(ServiceUnavailable, match=f"cannot listen on {host}"):
+        port_to_listen_on(host, port)
+
+
+def test_nothing_listens_on_a_free_port() -> None:
+    assert not is_listening("127.0.0.1", port_to_listen_on("127.0.0.1", 0))
+
+
+def test_a_log_is_removed_with_its_folder_but_without_the_files_of_others(tmp_path: Path) -> None:
+    log, others = tmp_path / "a" / "service.log", tmp_path / "b" / "service.log"
+    for file in (log, others, others.with_name("other")):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    for file in (log, others, log):  # a second call finds nothing, and does nothing
+        remove_log(file)
+    remove_log(None)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["b", "other"]
+
+
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(3600)
+"""
+CHILD = """
+import os, time
+from pathlib import Path
+from helpers.processes import call_when_parent_ends
+call_when_parent_ends(os.getppid(), lambda: (Path(os.environ["FOUND"]).touch(), os._exit(0)))
+print("watching", flush=True)
+time.sleep(3600)
+"""
+FORKED = """
+import multiprocessing, sys, time
+from helpers.processes import exit_with_parent_process
+
+def child():
+    exit_with_parent_process()
+    print("watching", flush=True)
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    exit_with_parent_process()  # which has no parent of this kind: nothing happens
+    multiprocessing.get_context("fork").Process(target=child).start()
+    time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., Program]:
+    """Start a small program of the standard library, which no service is behind."""
+    started: list[Program] = []
+
+    def start(*command: str) -> Program:
+        environment = {**os.environ, "FOUND": str(tmp_path / "found"), "PYTHONPATH": os.pathsep.join(sys.path)}
+        started.append(Program("-c", *command, log=tmp_path / "output.log", env=environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+def test_the_action_is_called_when_the_parent_is_killed(program: Callable[..., Program], tmp_path: Path) -> None:
+    parent = program(PARENT, CHILD)
+    parent.wait_for("watching")
+    assert not (tmp_path / "found").exists()
+    parent.process.kill()
+    until((tmp_path / "found").exists, "the child notices that its parent has ended")
+
+
+def test_a_child_of_multiprocessing_ends_with_its_parent(program: Callable[..., Program]) -> None:
+    parent = program(FORKED)
+    parent.wait_for("watching")
+    (child,) = parent.family()[1:]
+    parent.process.kill()
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child ends")
+
+
+def test_kill_ends_what_runs_and_accepts_what_has_ended(program: Callable[..., Program]) -> None:
+    running = program("import time; print('started', flush=True); time.sleep(3600)")
+    running.wait_for("started")
+    process = psutil.Process(running.process.pid)
+    kill([process])
+    kill([process])
+    assert not process.is_running()

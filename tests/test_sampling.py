@@ -1,0 +1,60 @@
+"""From logits to the next token: temperature, top_p and seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from helpers.options import SamplingParams
+
+
+@pytest.fixture
+def logits(torch: Any) -> Any:
+    return torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+
+def samples(logits: Any, n: int = 20, **options: Any) -> list[int]:
+    from helpers.sampling import make_sampler
+
+    sample = make_sampler(SamplingParams(**options))
+    assert sample is not None
+    return [sample(logits) for _ in range(n)]
+
+
+def test_greedy_decoding_needs_no_sampler(torch: Any) -> None:
+    from helpers.sampling import make_sampler
+
+    assert make_sampler(SamplingParams(temperature=0, seed=1)) is None
+
+
+def test_a_seed_repeats_its_tokens_and_others_differ(logits: Any) -> None:
+    assert samples(logits, temperature=1, seed=7) == samples(logits, temperature=1, seed=7)
+    assert samples(logits, temperature=1, seed=7) != samples(logits, temperature=1, seed=8)
+    assert samples(logits, 100, temperature=1) != samples(logits, 100, temperature=1)
+
+
+def test_without_top_p_tokens_come_as_often_as_their_probability_says(logits: Any) -> None:
+    drawn = samples(logits, 2000, temperature=1, seed=0)
+    shares = [drawn.count(token_id) / 2000 for token_id in range(4)]
+    assert shares == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+
+
+def test_a_low_temperature_prefers_the_most_likely_token(logits: Any) -> None:
+    assert set(samples(logits, 200, temperature=0.01, seed=0)) == {0}
+
+
+def test_top_p_leaves_out_unlikely_tokens(logits: Any) -> None:
+    drawn = samples(logits, 2000, temperature=1, top_p=0.8, seed=0)
+    assert set(drawn) == {0, 1}
+    assert 0.55 < drawn.count(0) / 2000 < 0.7  # 0.5 / 0.8
+    assert set(samples(logits, 200, temperature=1, top_p=1e-6, seed=0)) == {0}
+
+
+def test_top_p_reaches_beyond_the_tokens_it_looks_at_first(torch: Any) -> None:
+    from helpers.sampling import LIKELY_TOKENS
+
+    flat = torch.zeros(4 * LIKELY_TOKENS)  # all equally likely, so half of them are needed for 0.5
+    drawn = samples(flat, 500, temperature=1, top_p=0.5, seed=0)
+    assert len(set(drawn)) > 300
+    assert max(torch.tensor(drawn).bincount()) < 10

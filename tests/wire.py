@@ -1,0 +1,24 @@
+"""Call a service as a gRPC client of any language does: with the JSON form of the protobuf messages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+SLOW = "[INST] Tell me everything. [/INST]"
+"""A prompt that the tiny model, which never ends an answer, continues up to `max_tokens`."""
+
+
+def call_by_wire(port: int, endpoint: str, fields: dict[str, Any]) -> list[Any]:
+    """Send the document `fields` to `endpoint`, and return the `ModelOutputDocument`s of the stream."""
+    from google.protobuf import json_format
+
+    from helpers._jina import JinaSingleDocumentRequestRPCStub, SingleDocumentRequest, get_grpc_channel
+    from helpers.schemas import ModelOutputDocument
+
+    message = SingleDocumentRequest()
+    message.header.exec_endpoint = endpoint
+    json_format.Parse(json.dumps({"data": fields}), message.proto.document)
+    with get_grpc_channel(f"127.0.0.1:{port}") as channel:
+        stub = JinaSingleDocumentRequestRPCStub(channel)
+        return [ModelOutputDocument.from_protobuf(reply.document) for reply in stub.stream_doc(message, timeout=600)]
