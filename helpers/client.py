@@ -91,8 +91,8 @@ def build_request(
 ) -> ChatDocument | PromptDocument:
     """Return the document that `stream` sends. The arguments are those of `stream`.
 
-    Raise `InvalidRequest` for whatever the client can tell: types, ranges, and text that is not valid Unicode. The
-    service checks the rest with `helpers.prompts.check_dialog`, because it has the tokenizer.
+    Raise `InvalidRequest` for a wrong type, a value out of range, and text that is not valid Unicode. The service
+    checks the dialog itself, with `helpers.prompts.check_dialog`, because it has the tokenizer.
     """
     if (messages is None) == (prompt is None):
         raise InvalidRequest("A request needs either messages or prompt=. Give one of them.")
@@ -117,17 +117,11 @@ def build_request(
             request = PromptDocument(**sampling, prompt=prompt)
         request.sampling_params()
         request.to_protobuf()
-    except InvalidRequest:
-        raise
     except ValidationError as error:
         raise InvalidRequest(f"The request has a wrong value ({validation_message(error)}). Correct it.") from None
     except UnicodeEncodeError as error:
         raise InvalidRequest(
             f"The text is not valid Unicode: {error.object[error.start]!a} at character {error.start + 1} is half of "
             "a surrogate pair. Remove it, or decode the text with the right encoding."
-        ) from None
-    except ValueError as error:  # an integer of more than 32 bits
-        raise InvalidRequest(
-            f"The request has a wrong value ({', '.join(map(str, error.args))}). Correct it."
         ) from None
     return request

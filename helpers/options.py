@@ -23,7 +23,7 @@ PORT = 12345
 class SamplingParams:
     """How to generate an answer. The constructor raises `InvalidRequest` for a value out of range.
 
-    - ``max_tokens``: the most tokens to generate, at least 1.
+    - ``max_tokens``: the most tokens to generate, from 1 to 2**31 - 1.
     - ``temperature``: 0 always takes the most likely token (greedy); up to 2, higher is more varied.
     - ``top_p``: sample from the most likely tokens that together reach this probability, 0 < p <= 1.
     - ``seed``: a whole number from 0 to 2**31 - 1 that makes a sample repeatable.
@@ -39,6 +39,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {self.max_tokens}. Ask for at least 1 token.")
+        if self.max_tokens >= 2**31:
+            raise InvalidRequest(f"max_tokens is {self.max_tokens}. Ask for at most 2**31 - 1 tokens.")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise InvalidRequest(
                 f"temperature is {self.temperature}. Choose a value from 0 (always the most likely token) to 2."
@@ -56,7 +58,7 @@ class EngineArgs:
     - ``context_length``: tokens that a prompt and its answer may take together; None means the model's own.
     - ``max_num_seqs``: the most sequences that run at once. On two CPU cores, a step for 32 sequences takes
       about three times as long as a step for one.
-    - ``max_queue_size``: the most requests that wait for a place among the running ones.
+    - ``max_queue_size``: the most requests that are accepted beyond ``max_num_seqs``, and wait.
     - ``cache_memory``: bytes for the KV cache; None means `helpers.kv_cache.cache_capacity` decides.
     """
 

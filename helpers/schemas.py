@@ -60,7 +60,7 @@ class ModelOutputDocument(BaseDoc):
     The `generated_text` of all documents joined equals the tokenizer's own decoding of all `token_id`, up to a
     stop string. `generated_text` is empty while the bytes of a character are incomplete.
 
-    Set in the first and the last document:
+    Set in the first and the last document, but not if that reports an error:
 
     - ``prompt_tokens``: the length of the prompt.
     - ``dropped_turns``: how many of the oldest turns of a dialog were left out to fit the context window.

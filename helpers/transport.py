@@ -1,7 +1,6 @@
 """One call to a service over gRPC: a document is sent, and documents come back.
 
-Knows Jina's wire, and neither what the documents mean nor what an answer is. Whatever the transport raises becomes a
-`ServiceUnavailable`.
+Knows Jina's protocol, and not what the documents mean. Every failure of the transport becomes a `ServiceUnavailable`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_info_names_the_model(scripted: ScriptedService) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "^max_tokens is 0. Ask for at least 1 token.$"),
-    ({"max_tokens": 10**12}, "max_tokens.*out of range"),
+    ({"max_tokens": 10**12}, "^max_tokens is 1000000000000. Ask for at most"),
     ({"max_tokens": "many"}, "max_tokens: Input should be a valid integer"),
     ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
     ({"temperature": float("nan")}, "^temperature is nan"),

@@ -569,9 +569,12 @@ def test_answers_of_an_unknown_form_are_read_as_complete(tmp_path: Path, answers
     assert turns(load(tmp_path, {"messages": MESSAGES, "answers": answers})) == [("a", "b", "stop")]
 
 
-def test_an_error_of_an_unknown_form_is_read_as_text(tmp_path: Path) -> None:
-    loaded = load(tmp_path, {"messages": MESSAGES, "answers": [{"finish_reason": "error", "error": 5}]})
-    assert loaded.turns[0].answer.error == "5"
+@pytest.mark.parametrize(("error", "text"), [(5, "5"), (HALF_A_PAIR, "?"), (None, None)])
+def test_an_error_of_an_unknown_form_is_read_as_text_that_can_be_saved(tmp_path: Path, error: Any, text: str) -> None:
+    loaded = load(tmp_path, {"messages": MESSAGES, "answers": [{"finish_reason": "error", "error": error}]})
+    assert loaded.turns[0].answer.error == text
+    loaded.save(tmp_path / "talk.json")
+    assert saved_in(tmp_path)["answers"] == [{"finish_reason": "error", "error": text}]
 
 
 @pytest.mark.parametrize(
@@ -586,6 +589,7 @@ def test_an_error_of_an_unknown_form_is_read_as_text(tmp_path: Path) -> None:
         ('[{"role": "assistant", "content": "x"}]', "does not hold a conversation. Message 1"),
         (r'[{"role": "user", "content": "\ud83d"}]', "does not hold a conversation. Message 1"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_a_file_without_a_conversation_is_refused(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "talk.json").write_text(content)

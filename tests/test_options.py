@@ -18,6 +18,7 @@ from helpers.options import EngineArgs, SamplingParams, check_port
     [
         ({"max_tokens": 0}, "max_tokens is 0. Ask for at least 1 token."),
         ({"max_tokens": -3}, "max_tokens is -3. Ask for at least 1 token."),
+        ({"max_tokens": 2**31}, "max_tokens is 2147483648. Ask for at most 2**31 - 1 tokens."),
         ({"temperature": 2.5}, "temperature is 2.5. Choose a value from 0 (always the most likely token) to 2."),
         ({"temperature": -0.1}, "temperature is -0.1. Choose a value from 0"),
         ({"temperature": float("nan")}, "temperature is nan. Choose a value from 0"),
