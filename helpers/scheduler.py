@@ -65,7 +65,7 @@ class Scheduler:
         return len(self.running) < self.max_num_seqs and reserved + sequence.max_total_tokens <= self.cache_capacity
 
     def admit(self) -> None:
-        """Let the first sequences of the queue run, as many as can."""
+        """Move as many sequences as can run from the front of the queue to the running ones."""
         while self.waiting and self.can_admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             sequence.admitted_at = time.monotonic()
@@ -104,7 +104,7 @@ class Scheduler:
             self.prefix_cache.add(sequence.ids[: cache.length], cache)
 
     def seconds_until_next_finish(self) -> int:
-        """Estimate in how many seconds, at least 1, the next sequence finishes: as soon as the latest ones did."""
+        """Estimate in how many seconds, at least 1, a running sequence finishes, from how long the latest ones took."""
         running = tuple(self.running)
         durations = tuple(self._durations) or [time.monotonic() - sequence.admitted_at for sequence in running]
         return math.ceil(sum(durations) / max(1, len(durations)) / max(1, len(running))) or 1
@@ -128,8 +128,8 @@ class Scheduler:
     def _new_cache(self, sequence: Sequence, match: PrefixMatch) -> KVCache:
         """Make room for the KV cache of `sequence`, and return it, with the prefix that `match` found.
 
-        A cache that no other prompt needs more of is reused as it is: that of the conversation's turn before, or one
-        that must be evicted now. From any other the prefix is copied.
+        Reuse the found cache itself if all of it is a prefix (the conversation's turn before), or if it was evicted to
+        make room. Copy the prefix from any other.
         """
         found, capacity = match.cache, sequence.max_total_tokens
         if found is not None:

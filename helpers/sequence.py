@@ -1,7 +1,7 @@
 """One request, seen from both sides: a `Sequence` inside the engine, and a `TokenStream` in the client's hands.
 
 The engine's thread puts token ids into the stream; the client takes them out in any other thread or event loop.
-The stream does not refer to the sequence, so an answer that nobody reads holds no KV cache.
+The stream does not refer to the sequence, so an unread answer holds no KV cache.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def test_running_requests_share_their_steps(engine: Any, gate: Gate) -> None:
     assert engine.steps <= 21  # the first request may begin a step before the others
 
 
-def test_a_long_prompt_holds_up_nobody(engine: Any, reference: Any, gate: Gate) -> None:
+def test_a_long_prompt_does_not_hold_up_the_others(engine: Any, reference: Any, gate: Gate) -> None:
     from helpers.scheduler import PREFILL_BUDGET
 
     running = engine.submit(prompt_of(10, 1), params(400))
@@ -262,7 +262,7 @@ def test_a_shared_prefix_is_read_once(engine: Any, reference: Any, gate: Gate) -
     assert sum(map(len, gate.passed)) == shared + sum(len(prompt) - shared + 4 for prompt in prompts)
 
 
-def test_an_answer_that_nobody_reads_holds_no_memory(engine: Any) -> None:
+def test_an_unread_answer_holds_no_memory(engine: Any) -> None:
     unread = engine.submit(PROMPT, params(20))
     until(lambda: unread.finish_reason is not None, "the answer ends")
     caches = [weakref.ref(cache) for _, cache in engine.scheduler.prefix_cache]

@@ -89,7 +89,7 @@ def test_a_stop_string_ends_the_answer(executor: Any) -> None:
     *_, last = stopped = received(executor.task(prompt(stop=[stop])))
     assert "".join(document.generated_text for document in stopped) == text[: text.index(stop)]
     assert last.finish_reason == "stop"
-    assert last.completion_tokens == len(stopped) - 1
+    assert last.completion_tokens == len(stopped) - 1 < 10
 
 
 def test_a_dialog_is_answered_and_counted_in_the_models_own_format(executor: Any, tiny: Any) -> None:

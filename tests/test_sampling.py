@@ -55,6 +55,5 @@ def test_top_p_reaches_beyond_the_tokens_it_looks_at_first(torch: Any) -> None:
     from helpers.sampling import LIKELY_TOKENS
 
     flat = torch.zeros(4 * LIKELY_TOKENS)  # all equally likely, so half of them are needed for 0.5
-    drawn = samples(flat, 500, temperature=1, top_p=0.5, seed=0)
-    assert len(set(drawn)) > 300
-    assert max(torch.tensor(drawn).bincount()) < 10
+    drawn = samples(flat, 2000, temperature=1, top_p=0.5, seed=0)
+    assert LIKELY_TOKENS < len(set(drawn)) <= 2 * LIKELY_TOKENS
