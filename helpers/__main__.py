@@ -16,7 +16,7 @@ from typing import Any
 
 from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
-from .memory import PRECISIONS, require_precision
+from .memory import PRECISIONS, check_precision
 from .options import HOST, PORT, EngineArgs, SamplingParams, check_port
 from .prompts import QUESTION, SYSTEM_PROMPT
 
@@ -89,7 +89,7 @@ def chat(options: argparse.Namespace) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Run a service in the foreground until Ctrl-C."""
-    _check_precision(options.precision)
+    check_precision(options.precision)
     from .server import run
 
     run(
@@ -118,17 +118,10 @@ def _service(options: argparse.Namespace) -> contextlib.AbstractContextManager[i
 
 @contextlib.contextmanager
 def _new_service(options: argparse.Namespace) -> Iterator[int]:
-    _check_precision(options.precision)
     from .service import serve
 
     with serve(options.model, options.precision, port=0) as service:
         yield service.port
-
-
-def _check_precision(precision: str) -> None:
-    """Raise `InvalidRequest` now, not when the service has imported all it needs."""
-    if precision != "auto":
-        require_precision(precision)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

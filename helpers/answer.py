@@ -95,7 +95,7 @@ class Answer:
         if self.tokens_per_second:
             parts.append(f"{self.tokens_per_second:.1f} tokens/s")
         if self.finish_reason not in (None, "stop"):
-            parts.append(FINISH_REASONS[self.finish_reason])
+            parts.append(FINISH_REASONS.get(self.finish_reason, self.finish_reason))
         if self.dropped_turns:
             turns = "turn" if self.dropped_turns == 1 else f"{self.dropped_turns} turns"
             parts.append(f"without the oldest {turns}, which did not fit the context window")

@@ -43,7 +43,8 @@ def bundled_folder() -> Path:
         with FileLock(cache / "converting.lock"):
             if not folder.is_dir():
                 unfinished = cache / "unfinished"
-                shutil.rmtree(unfinished, ignore_errors=True)  # left by a conversion that was killed
+                for left in cache.glob("unfinished*"):  # by a conversion that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 _convert(gguf, unfinished)
                 unfinished.rename(folder)
     return folder

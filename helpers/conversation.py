@@ -176,12 +176,15 @@ class Conversation:
         path = Path(path).resolve()  # replaces the file that a link points to, not the link
         if path.exists() and not path.is_file():  # such as /dev/null
             raise FileExistsError(errno.EEXIST, "exists, and is not a file", str(path))
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            new = Path(folder, path.name)
-            new.write_text(text, encoding="utf-8")
-            if path.exists():
-                shutil.copymode(path, new)
-            new.replace(path)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+                new = Path(folder, path.name)
+                new.write_text(text, encoding="utf-8")
+                if path.exists():
+                    shutil.copymode(path, new)
+                new.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # names the file, not the temporary one
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Conversation:

@@ -20,7 +20,7 @@ class KVCache:
     """The keys and values of one sequence's first `length` tokens, in memory for `capacity` tokens.
 
     Each layer holds both side by side in one tensor, of shape (1, heads, capacity, size of a key + size of a
-    value). The tensor never moves, so appending a token costs the same however many there are.
+    value). Appending does not move it, so a token costs the same however many there are.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -44,6 +44,12 @@ def require_precision(precision: str) -> None:
         raise InvalidRequest(f"{precision!r} is not a precision. Choose one of: {known}.")
 
 
+def check_precision(precision: str) -> None:
+    """Raise `InvalidRequest` if `precision` is neither "auto" nor a key of `PRECISIONS`."""
+    if precision != "auto":
+        require_precision(precision)
+
+
 def format_gb(size: int) -> str:
     """Return `size`, in bytes, as a text such as "13.5 GB" (1 GB is 1e9 bytes)."""
     return f"{size / 1e9:.1f} GB"

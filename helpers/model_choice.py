@@ -9,7 +9,7 @@ from .catalog import BUNDLED, INSTALL, LLAMA2, OR_BUNDLED
 from .errors import ModelUnavailable
 from .hardware import Machine, this_machine
 from .hub import MALFORMED, TOKENS_PAGE, HubAccess, Licence, find_token, hub_access
-from .memory import PRECISIONS, QUANTISED, fits, format_gb, memory_needed, require_precision
+from .memory import PRECISIONS, QUANTISED, check_precision, fits, format_gb, memory_needed
 from .model_files import cached_folder, local_folder, parameters_of
 
 
@@ -56,8 +56,7 @@ def choose(
     model does not exist, may not be downloaded or does not fit, and for every model of the Hub, cached or not, if
     the token that was found is not `Token.usable`.
     """
-    if precision != "auto":
-        require_precision(precision)
+    check_precision(precision)
     here = machine or this_machine()
     if precision in QUANTISED and not here.quantises:
         raise ModelUnavailable(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing
-import multiprocessing.connection
 import os
 import socket
 import threading

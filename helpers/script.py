@@ -21,13 +21,13 @@ import psutil
 from . import _jina  # noqa: F401  imports jina without its warnings, before the script does
 from .options import HOST
 from .processes import call_when_parent_ends, is_listening, kill, remove_log
-from .service import ready_line
+from .service import announce
 from .transport import is_ready
 
 
 def main() -> None:
     """Run the script of the command line as ``__main__``, and print when the service behind the port is ready."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)  # the script's arguments may begin like these
     parser.add_argument("--port", type=int)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--log", type=Path)
@@ -42,15 +42,15 @@ def main() -> None:
         remove_log(options.log)
         end()
 
-    def announce() -> None:
+    def announce_when_ready() -> None:
         # gRPC must not run in this process while Jina forks, so ask only when the forked gateway listens
         while not (is_listening(HOST, options.port) and is_ready(host=HOST, port=options.port)):
             time.sleep(0.05)
-        print(ready_line(HOST, options.port), flush=True)
+        announce(HOST, options.port)
 
     signal.signal(signal.SIGTERM, end)
     call_when_parent_ends(options.parent, end_without_parent)
-    threading.Thread(target=announce, name="announce", daemon=True).start()
+    threading.Thread(target=announce_when_ready, name="announce", daemon=True).start()
     sys.argv = options.command
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -20,7 +20,7 @@ from .catalog import INSTALL
 from .errors import ModelUnavailable, ServiceUnavailable, to_wire
 from .options import HOST, PORT, EngineArgs
 from .processes import call_when_parent_ends, port_to_listen_on, remove_log
-from .service import ready_line
+from .service import announce
 
 
 def run(
@@ -50,7 +50,7 @@ def run(
     try:
         with deployment:
             lifetime.ready.set()
-            print(ready_line(host, port), flush=True)
+            announce(host, port)
             deployment.block(stop_event=lifetime.stop)
         remove_log(log)
     except RuntimeFailToStart:

@@ -23,6 +23,7 @@ import psutil
 
 from .errors import HelpersError, ServiceUnavailable, find_error
 from .hub import find_token
+from .memory import check_precision
 from .options import HOST, PORT, EngineArgs
 from .processes import kill, port_to_listen_on
 from .progress import progress
@@ -41,6 +42,12 @@ def ready_line(host: str, port: int) -> str:
     return f"Ready on {host}:{port}. Ctrl-C stops the service."
 
 
+def announce(host: str, port: int) -> None:
+    """Print the `ready_line`. The service's process calls this when it is ready."""
+    sys.stdout.write(ready_line(host, port) + "\n")  # one write, which no other thread's output can break up
+    sys.stdout.flush()
+
+
 def serve(
     model: str = "auto", precision: str = "auto", *, host: str = HOST, port: int = PORT, **engine_args: Any
 ) -> Service:
@@ -51,10 +58,11 @@ def serve(
     - `port`: 0 takes any free one.
     - `engine_args`: the fields of `helpers.options.EngineArgs`.
 
-    Raise `InvalidRequest` for a limit out of range, before anything is started; `ServiceUnavailable` if the port
-    is taken, with the process that holds it; `ModelUnavailable` or `InvalidRequest` if the model is the reason; and
-    `ServiceUnavailable`, with the end of the service's log, if the service ends for any other reason.
+    Raise `InvalidRequest` for an unknown precision or a limit out of range, before anything is started;
+    `ServiceUnavailable` if the port is taken, with the process that holds it; `ModelUnavailable` if the model is the
+    reason; and `ServiceUnavailable`, with the end of the service's log, if the service ends for any other reason.
     """
+    check_precision(precision)
     limits = EngineArgs(**engine_args)
     port = port_to_listen_on(host, port)
     options = ["--model", model, "--precision", precision, "--host", host, *limits.to_arguments()]
@@ -82,17 +90,22 @@ class Service:
     def __init__(self, program: Sequence[str], arguments: Sequence[str], *, host: str, port: int) -> None:
         self.host = HOST if host == "0.0.0.0" else host
         self.port = port
+        environment = _environment()
         self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
         watched = ["--port", str(port), "--parent", str(os.getpid()), "--log", str(self.log)]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *program, *watched, *arguments],
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C here, or a kernel's interrupt, must not reach it
-            )
+        try:
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", *program, *watched, *arguments],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C here, or a kernel's interrupt, must not reach it
+                )
+        except BaseException:
+            shutil.rmtree(self.log.parent, ignore_errors=True)
+            raise
         self.pid = self._process.pid
         try:
             from . import conversation  # noqa: F401  takes seconds, and now the service takes seconds too
@@ -151,16 +164,16 @@ class Service:
         shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def _wait_until_ready(self, ready: str) -> None:
-        """Return when the log holds the line `ready`; until then, show the latest line of the log."""
+        """Return when the log holds `ready`; until then, show the latest line of the log."""
         with progress("Starting the service") as show, self.log.open(errors="replace") as log:
             unfinished = ""
             while True:
-                has_ended = self._process.poll() is not None
-                *lines, unfinished = (unfinished + log.read()).split("\n")  # read on from the line before
-                if ready in lines:
-                    return
-                if has_ended:
+                if self._process.poll() is not None:
                     raise self._failure()
+                *lines, unfinished = (unfinished + log.read()).split("\n")  # read on from the line before
+                # a script's own output may stand before it in the same line
+                if any(ready in line for line in [*lines, unfinished]):
+                    return
                 if shown := [line for line in [*lines, unfinished] if line.strip()]:
                     show(shown[-1])
                 time.sleep(0.05)

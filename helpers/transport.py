@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Generic, TypeVar
@@ -119,11 +120,18 @@ def _open_channel(address: str) -> Iterator[Any]:
         # never close a connection whose read Ctrl-C has interrupted
         options["SingleThreadedUnaryStream"] = 1
     with get_grpc_channel(address, options=options) as channel:
-        atexit.register(channel.close)  # a channel that is open when Python ends would hang the program
-        try:
-            yield channel
-        finally:
-            atexit.unregister(channel.close)
+        _open_channels.add(channel)
+        yield channel
+
+
+_open_channels: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_channels() -> None:
+    """A channel that is open when Python ends would hang the program."""
+    for channel in list(_open_channels):
+        channel.close()
 
 
 def is_ready(host: str, port: int) -> bool:

@@ -23,5 +23,6 @@ class Counting(Executor):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
+    print("Loading, in a line without an end: ", end="", flush=True)
     with Deployment(uses=Counting, port=parser.parse_args().port, protocol="grpc") as dep:
         dep.block()

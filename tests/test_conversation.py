@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -621,7 +622,7 @@ def test_a_save_that_is_interrupted_leaves_the_old_file(
 
     def write_half(path: Path, text: str, **_: Any) -> None:
         path.write_bytes(text.encode()[: len(text) // 2])
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(OSError, match="No space left"):
@@ -635,7 +636,7 @@ def test_only_a_file_is_replaced(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(FileExistsError, match=f"is not a file: .*{path.name}'$"):
             Conversation().save(path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere/talk.json'$"):
         Conversation().save(tmp_path / "nowhere" / "talk.json")
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 

@@ -31,7 +31,7 @@ def no_service(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_: Any, **__: Any) -> None:
         raise AssertionError("a service was started")
 
-    monkeypatch.setattr("helpers.service.serve", start)
+    monkeypatch.setattr("helpers.service.Service", start)
     monkeypatch.setattr("helpers.server.run", start)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -60,18 +61,45 @@ def test_the_port_of_another_service_is_not_shared(tiny_service: Any, precision:
         helpers.serve("smollm2", precision, port=tiny_service.port)
 
 
-def test_a_wrong_limit_is_refused_before_anything_starts() -> None:
-    before = psutil.Process().children()
-    with pytest.raises(InvalidRequest, match="max_num_seqs is 0"):
-        helpers.serve(port=0, max_num_seqs=0)
-    assert psutil.Process().children() == before
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"max_num_seqs": 0}, "max_num_seqs is 0"), ({"precision": "fp8"}, "fp32, bf16, int8, nf4"), ({"port": -1}, "-1")],
+    ids=str,
+)
+def test_a_wrong_value_is_refused_before_anything_starts(
+    wrong: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.raises(InvalidRequest, match=sentence):
+        helpers.serve(**{"port": 0, **wrong})
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ImportError])
+def test_an_interrupted_start_leaves_nothing(
+    interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise interruption
+
+    monkeypatch.setattr("helpers.service.Service._wait_until_ready", interrupt)
+    before = psutil.Process().children(recursive=True)
+    with pytest.raises(interruption):
+        helpers.serve("smollm2", port=0)
+    assert psutil.Process().children(recursive=True) == before
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_process_that_cannot_be_started_leaves_no_log(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    with pytest.raises(FileNotFoundError):
+        helpers.serve("smollm2", port=0)
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("model", "precision", "error", "sentence"),
     [
         ("/no/such/folder", "auto", ModelUnavailable, "/no/such/folder"),
-        ("smollm2", "fp8", InvalidRequest, "fp32, bf16, int8, nf4"),
         ("nobody/no-such-model", "auto", ModelUnavailable, "--model smollm2"),
     ],
 )
@@ -203,7 +231,7 @@ def test_a_users_script_is_served_and_leaves_nothing() -> None:
 
     port = port_to_listen_on("127.0.0.1", 0)
     assert not is_ready(host="127.0.0.1", port=port)
-    service = serve_script(TESTS / "counting_service.py", "--port", str(port), port=port)
+    service = serve_script(TESTS / "counting_service.py", "--p", str(port), port=port)  # which begins like ours
     family = psutil.Process(service.pid).children(recursive=True)
     assert len(family) >= 2  # Jina's gateway and the executor
     assert is_ready(host="127.0.0.1", port=port)

@@ -6,7 +6,6 @@ in an answer can run, load or be followed.
 
 from __future__ import annotations
 
-import functools
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +71,6 @@ def stored_copy(box_id: str, turns: Sequence[Turn]) -> dict[str, str]:
     }
 
 
-@functools.lru_cache(maxsize=512)
 def render_markdown(text: str) -> str:
     """Return `text` as HTML. A line break stays one, and HTML, links and images stay text."""
     return _MARKDOWN.render(text)

@@ -17,17 +17,24 @@ class TurnList:
     def __init__(self) -> None:
         self.box = widgets.VBox()
         self.box.add_class("helpers-chat-log")
+        self._complete: dict[widgets.HTML, Turn] = {}  # is not rendered again
 
     def draw(self, turns: Sequence[Turn], running: Answer | None) -> None:
         """Show `turns`. An answer can be copied when it is complete, so not while it is the `running` one."""
         pages = list(self.box.children[: len(turns)])
         pages += [widgets.HTML() for _ in turns[len(pages) :]]
         for page, turn in zip(pages, turns, strict=True):
+            if self._complete.pop(page, None) is turn:
+                self._complete[page] = turn
+                continue
             is_complete = turn.answer is not running and turn.answer.finish_reason is not None
             page.value = turn_html(turn) + (copy_button(turn) if is_complete else "")
+            if is_complete:
+                self._complete[page] = turn
         surplus = self.box.children[len(turns) :]
         if len(pages) != len(self.box.children):
             self.box.children = pages
         for page in surplus:
+            self._complete.pop(page, None)
             for widget in (page, page.layout, page.style):
                 widget.close()

@@ -294,8 +294,10 @@ class ChatBox:
             return error + "You are editing a question: Enter sends it, Esc cancels."
         if error:
             return error
-        latest = self.conversation.answer
-        return f"Answer {FINISH_REASONS[latest.finish_reason or 'stop']}." if latest else page.EMPTY
+        if (latest := self.conversation.answer) is None:
+            return page.EMPTY
+        reason = latest.finish_reason or "stop"
+        return f"Answer {FINISH_REASONS.get(reason, reason)}."
 
 
 def _named(name: str, widget: Any) -> Any:
