@@ -1,6 +1,6 @@
-"""What is measured: everything that can answer questions, behind one interface.
+"""The backends that are measured, behind one interface.
 
-`Backend.answer` asks N questions at once and returns when each token of each answer arrived. The questions are
+`Backend.answer` asks N questions at once and returns the arrival time of each token of each answer. The questions are
 sent as messages, with the article's system prompt, and all backends decode greedily.
 """
 
@@ -35,7 +35,7 @@ def dialog(question: str) -> list[prompts.Message]:
 
 
 class Backend:
-    """Something that answers. `clients`: the numbers of clients that ask it at once."""
+    """A program that answers questions. `clients`: the numbers of clients that ask it at once."""
 
     name: str
     clients: Sequence[int]
@@ -45,10 +45,10 @@ class Backend:
         raise NotImplementedError
 
     def wait_until_ready(self) -> None:
-        """Return when the backend can answer. Raise `SystemExit` if it ended before."""
+        """Wait until the backend can answer. Raise `SystemExit` if it ends before that."""
 
     def answer(self, questions: Sequence[str], max_tokens: int) -> Arrivals:
-        """Ask all questions at once, each for `max_tokens` tokens, and return when the tokens arrived."""
+        """Ask all questions at once, each for `max_tokens` tokens, and return the arrival times of the tokens."""
         raise NotImplementedError
 
     def pid(self) -> int:
@@ -56,7 +56,7 @@ class Backend:
         raise NotImplementedError
 
     def peak_memory(self) -> int:
-        """Return the most bytes that its processes held at any time (on Linux; elsewhere, what they hold now)."""
+        """Return the peak memory of its processes, in bytes (on Linux; elsewhere, their memory now)."""
         processes = [psutil.Process(self.pid()), *psutil.Process(self.pid()).children(recursive=True)]
         return sum(map(_peak, processes))
 
@@ -74,7 +74,7 @@ def _peak(process: psutil.Process) -> int:
 
 
 def _ask_at_once(questions: Sequence[str], stream: Callable[[str], Iterator[Any]]) -> Arrivals:
-    """Stream the answers to all questions, each in a thread of its own. `stream` yields once for each token."""
+    """Stream the answers to all questions, each in its own thread. `stream` yields once for each token."""
     arrivals: Arrivals = [[] for _ in questions]
     failures: list[BaseException] = []
     all_ready = threading.Barrier(len(questions) + 1)
@@ -133,7 +133,7 @@ class TransformersServe(Backend):
     """`transformers serve`, over HTTP.
 
     `cache_blocks`: the size of the KV cache for continuous batching, in blocks of 256 tokens. By default it takes
-    60 % of the machine's memory, and seconds to fill that with zeros.
+    60 % of the machine's memory, and filling it with zeros takes seconds.
     """
 
     def __init__(
@@ -209,11 +209,11 @@ class LoopProcess:
         )
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call `function` in the process, after whatever was submitted before."""
+        """Call `function` in the process, after everything that was submitted before."""
         return self._pool.submit(function, *arguments)
 
     def close(self) -> None:
-        """End the process when it has done what was submitted. May be called twice."""
+        """End the process when all submitted calls are done. May be called twice."""
         self._pool.shutdown()
 
 
@@ -240,7 +240,7 @@ class Loop(Backend):
         self._process.close()
 
 
-# --- What runs in a LoopProcess ---------------------------------------------------------------------
+# --- Functions for a LoopProcess --------------------------------------------------------------------
 
 _loaded: Any = None
 
@@ -266,10 +266,10 @@ def article_loop(questions: Sequence[str], max_tokens: int) -> Arrivals:
 
 
 def _bare_loop(questions: Sequence[str], max_tokens: int, *, masked: bool) -> Arrivals:
-    """Answer all questions as one batch, with the model and the cache as transformers has them.
+    """Answer all questions as one batch, with transformers' own model and cache.
 
     All prompts are cut to the length of the shortest, so no row is padded. With `masked`, the model gets an
-    attention mask all the same, and then runs other kernels.
+    attention mask anyway, and then runs different kernels.
     """
     import torch
     from transformers import DynamicCache

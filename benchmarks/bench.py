@@ -1,7 +1,7 @@
 """Measure this service beside other backends, on this machine, in one run.
 
     make bench                              everything: about half an hour on two cores
-    make bench BENCH_ARGS=--quick           less of everything: at most three minutes
+    make bench BENCH_ARGS=--quick           fewer and shorter runs: at most three minutes
 
 A machine's speed changes while it runs. So all backends start first, each round asks them in a random order,
 and the results are medians of the rounds and ratios between backends: a number alone says little. Writes
@@ -45,28 +45,28 @@ from measurements import ARTICLE, SERVICE, Arrivals, Run, Runs, by_length, ratio
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is measured. Lengths are in tokens."""
+    """The size of a benchmark. Lengths are in tokens."""
 
     rounds: int
     tokens: int
-    """Of each answer in the rounds."""
+    """The length of each answer in the rounds."""
     clients: tuple[int, ...]
-    """How many ask this service at once; the next three say the same of the other backends."""
+    """The numbers of clients that ask this service at once. The next three fields are for other backends."""
     bare_clients: tuple[int, ...]
     batching_clients: tuple[int, ...]
     queueing_clients: tuple[int, ...]
     article_tokens: int
-    """Of the long answers that the article's loop gives too."""
+    """The length of the long answers that the article's loop gives too."""
     long_tokens: int
-    """Of the long answers that only this service gives."""
+    """The length of the long answers that only this service gives."""
     list_words: int
-    """Of each of the two long questions in the conversation."""
+    """The number of words in each of the two long questions of the conversation."""
     turn_tokens: int
-    """Of each answer in the conversation."""
+    """The length of each answer in the conversation."""
     cache_blocks: int | None = None
-    """The KV cache of `transformers serve --continuous-batching`; None leaves its size to that."""
+    """The KV cache of `transformers serve --continuous-batching`; None leaves its size to that program."""
     one_loop_process: bool = False
-    """Whether the loops share one process, and so one start and one figure for the memory."""
+    """True if the loops share one process. They then have one start and one figure for the memory."""
 
 
 FULL = Scale(
@@ -166,7 +166,7 @@ class LongAnswers:
     service_as_short: list[Run]
 
     def facts(self, scale: Scale) -> list[str]:
-        """Return what the runs show, in sentences."""
+        """Return the results of the runs, in sentences."""
         factor = ratio(self.service_as_short, self.article)
         costs = [seconds for _, seconds in by_length(self.service)]
         length = min(len(run.gaps) for run in self.service) + 1
@@ -250,7 +250,7 @@ def main() -> None:
     scale = QUICK if options.quick else FULL
     if options.rounds:
         scale = dataclasses.replace(scale, rounds=options.rounds)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the backends are closed then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # closes the backends
     with ExitStack() as stack:
         service = Service(models.source_of(options.model), options.precision, scale.clients)
         backends = [service, *other_backends(options.model, options.precision, scale)]

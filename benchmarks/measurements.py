@@ -1,6 +1,6 @@
 """The benchmark's figures, computed from the times at which tokens arrived. Standard library only.
 
-"tokens/s" counts the tokens of all clients together, from the moment when all ask to the last token. "decode"
+"tokens/s" counts the tokens of all clients together, from the moment when all ask until the last token. "decode"
 counts only the time during which every client gets tokens. TTFT is the time to the first token, ITL (inter-token
 latency) the time between two tokens of one client.
 """
@@ -15,12 +15,12 @@ SERVICE = "this service"
 ARTICLE = "the article's loop"
 
 Arrivals = list[list[float]]
-"""For each client, when its tokens arrived: seconds since all clients asked."""
+"""For each client, the arrival times of its tokens, in seconds since all clients asked."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the clients of one run saw. Each client got at least one token."""
+    """The arrival times of one run. Each client got at least one token."""
 
     arrivals: Arrivals
 

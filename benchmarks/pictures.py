@@ -29,7 +29,7 @@ def draw_rates(runs: Runs, file: Path) -> None:
 
 
 def draw_costs(ours: Sequence[Run], article: Sequence[Run], file: Path) -> None:
-    """Draw what one more token costs against the tokens so far, for this service and the article's loop."""
+    """Draw the time for one more token against the tokens so far, for this service and the article's loop."""
     figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
     for runs, name, style in ((article, ARTICLE, "s--"), (ours, SERVICE, "o-")):

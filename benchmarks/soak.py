@@ -1,12 +1,12 @@
-"""Send requests of every kind for a long time: is an answer lost, does anything grow?
+"""Send requests of every kind for a long time, and report lost answers and growing resources.
 
     python benchmarks/soak.py [--minutes 30] [--crowd 200]
 
 First a crowd of clients arrives within ten seconds. Each must get its complete answer, the same as it gets alone,
 or a `QueueFull`. Then, until the time is up, clients ask short and long questions, hold conversations, cancel
 answers, read slowly, or send invalid requests. Every complete answer is compared with the answer that the same
-question gets alone. Prints the service's memory, threads and files each minute, and at the end what was lost
-and what has grown since the first sixth of the time. The exit status is 1 if there is any of either.
+question gets alone. Prints the service's memory, threads and files each minute, and at the end the lost answers
+and the resources that have grown since the first sixth of the time. The exit status is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LENGTHS = (8, 30, 80)
 
 
 class State(NamedTuple):
-    """What the service's process holds. `memory` is in MB."""
+    """The resources of the service's process. `memory` is in MB."""
 
     memory: int
     threads: int
@@ -56,7 +56,7 @@ class State(NamedTuple):
 
 
 class Soak:
-    """Clients of one service, and a record of what they saw: `seen` by kind, and `lost` with the reasons."""
+    """Clients of one service, and a record of their requests: `seen` by kind, and `lost` with the reasons."""
 
     def __init__(self, service: helpers.service.Service) -> None:
         self.service = service
@@ -80,7 +80,7 @@ class Soak:
         self.record(kind, "" if same and complete else f"not the answer alone to {question[-40:]!r}: {answer!r}")
 
     def one_client(self, chance: random.Random) -> None:
-        """Be one client, of a kind that `chance` decides."""
+        """Act as one client, of a kind that `chance` chooses."""
         kind = chance.choice([self.ask, self.ask, self.converse, self.cancel, self.read_slowly, self.send_invalid])
         try:
             kind(chance)
@@ -131,7 +131,7 @@ class Soak:
         self.record("send invalid", "" if refused else f"{wrong} was not refused: {refusal!r}")
 
     def crowd(self, size: int) -> None:
-        """Be `size` clients, each of which asks at a random moment within ten seconds."""
+        """Act as `size` clients. Each asks at a random moment within ten seconds."""
 
         def arrive(number: int) -> None:
             chance = random.Random(number)
@@ -147,7 +147,7 @@ class Soak:
             list(clients.map(arrive, range(size)))
 
     def run(self, seconds: float, clients: int) -> None:
-        """Keep `clients` clients at work for so many seconds, and print a line each minute."""
+        """Run `clients` clients at once for `seconds` seconds, and print a line each minute."""
         end = time.monotonic() + seconds
 
         def one_after_the_other(number: int) -> None:
@@ -165,7 +165,7 @@ class Soak:
                 thread.join(max(0.0, next_line - time.monotonic()))
 
     def state(self) -> State:
-        """Return what the process that runs the model holds now."""
+        """Return the current resources of the process that runs the model."""
         (process,) = psutil.Process(self.service.pid).children()
         return State(
             round(process.memory_info().rss / 1e6),
@@ -190,7 +190,7 @@ def main() -> int:
         soak.run(10 * options.minutes, options.clients)  # fills the prefix cache up to its limit
         before = soak.state()
         soak.run(50 * options.minutes, options.clients)
-        time.sleep(2)  # connections that were closed just now take a moment to go
+        time.sleep(2)  # connections that were closed just now take a moment to disappear
         info = service.info()
         soak.lost += soak.state().growth_since(before)
         print(f"at the end: {soak.state()}; running {info.running}, waiting {info.waiting}; {dict(soak.seen)}")

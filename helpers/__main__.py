@@ -1,7 +1,7 @@
 """The command line: ``python -m helpers check | ask | chat | serve``.
 
-A command imports what it needs when it runs: a service then starts before this process imports jina, which takes
-seconds in both.
+Each command imports its modules when it runs, so a service starts before this process imports jina. That import takes
+seconds in both processes.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _service(options: argparse.Namespace) -> contextlib.AbstractContextManager[int]:
-    """Return a context that holds the port of the running service, or of one that is started for this command."""
+    """Return a context with the port of the running service, or of a service that is started for this command."""
     if options.port is None:
         return _new_service(options)
     if (options.model, options.precision) != ("auto", "auto"):
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens",
         type=_checked(int, lambda value: SamplingParams(max_tokens=value)),
         default=SamplingParams.max_tokens,
-        help="the most tokens of an answer (default: %(default)s)",
+        help="the maximum number of tokens in an answer (default: %(default)s)",
     )
     request.add_argument(
         "--temperature",
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
     service = add(serve, parents=[model], help="run a service")
     service.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
-    service.add_argument("--port", type=int, default=PORT, help="0 takes any free one (default: %(default)s)")
+    service.add_argument("--port", type=int, default=PORT, help="0 takes any free port (default: %(default)s)")
     EngineArgs.add_to(service)
     service.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)

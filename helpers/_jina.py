@@ -1,9 +1,9 @@
-"""Import jina so that it leaves the program as it was. The other modules take Jina's names from here.
+"""Import jina without changing the program around it. The other modules import Jina's names from here.
 
 Importing jina 3.34 prints warnings, replaces `warnings.formatwarning` and the handler of Ctrl-C, and on a Mac makes
 fork the start method of every later process. This module undoes all of that. Jina's telemetry, its log and gRPC's log
 are off unless the environment turns them on, because every failure reaches the caller as an exception. The
-environment's proxy is kept (Jina would take it away from later child processes), but not for this machine itself.
+environment keeps its proxy (Jina would remove it for later child processes), but not for this machine itself.
 """
 
 import multiprocessing

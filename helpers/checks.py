@@ -1,4 +1,4 @@
-"""The check before anything runs: what is installed, what the Hub allows, and which model will therefore run."""
+"""Check what is installed and what the Hub allows, and predict which model will run."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class CheckResult:
 
 
 def check() -> list[CheckResult]:
-    """Return everything that decides which model runs; the last row is that model, or why none can run.
+    """Return everything that decides which model runs. The last row is that model, or the reason why none can run.
 
-    A model can run if, and only if, the last row is ok. Takes some seconds if the Hub or a GPU is asked.
+    A model can run if, and only if, the last row is ok. This takes some seconds if it asks the Hub or a GPU.
     """
     here, token = this_machine(), find_token()
     hub = hub_access(token)

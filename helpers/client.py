@@ -1,7 +1,7 @@
 """Ask a service: `stream`, `ask`, `aask` and `info`.
 
-Knows how a request is written, and nothing of the model that answers it: no torch, no tokenizer. Failures are raised
-as exceptions of `helpers.errors`.
+This module knows how to write a request, and nothing about the model that answers it: no torch, no tokenizer. Failures
+are raised as exceptions of `helpers.errors`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def stream(
     - `prompt`: instead, the raw text of a prompt, for ``/stream``.
     - the others: `helpers.options.SamplingParams`.
 
-    Raise `InvalidRequest` at once for a value of the wrong type or out of range. Reading the answer raises it for
-    what only the service can check, such as the length of the prompt, and `ServiceUnavailable` if no service answers.
+    Raise `InvalidRequest` at once for a value of the wrong type or out of range. If only the service can check a value,
+    such as the length of the prompt, the iteration raises it. It raises `ServiceUnavailable` if no service answers.
     """
     request = build_request(
         messages,
@@ -58,7 +58,7 @@ def stream(
 
 
 def ask(messages: str | Sequence[Message] | None = None, **options: Any) -> Answer:
-    """Return the complete `Answer`. The arguments and the errors are those of `stream`, and of reading its answer."""
+    """Return the complete `Answer`. The arguments and the errors are those of `stream` and its answer."""
     answer = stream(messages, **options)
     for _ in answer:
         pass

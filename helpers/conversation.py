@@ -1,6 +1,6 @@
-"""A conversation: the memory that a model lacks, kept by the client.
+"""A conversation: the client remembers the turns, because the model remembers nothing.
 
-Knows turns, and how they become the next request. The service decides what is a valid dialog, and how much of it fits
+This module builds each request from the turns. The service decides whether a dialog is valid, and how much of it fits
 into the context window.
 """
 
@@ -34,10 +34,10 @@ class Turn(NamedTuple):
 
 
 class Window(NamedTuple):
-    """How much of the context window a conversation takes.
+    """The part of the context window that a conversation takes.
 
-    - ``tokens``: the prompt with the shortest possible next question, because a prompt always ends in one. If there
-      are more than `size`, the service leaves out the oldest turns.
+    - ``tokens``: the length of the prompt with the shortest possible next question, because a prompt always
+      ends in a question. If it exceeds `size`, the service leaves out the oldest turns.
     - ``size``: the context length of the service.
     """
 
@@ -56,9 +56,9 @@ class Conversation:
     `system` is the system prompt, and `options` are those of `helpers.client.stream`. Both may be changed between two
     questions. Raise `InvalidRequest` for a wrong value, and `TypeError` for an option that does not exist.
 
-    ``turns`` holds the turns, oldest first. A question appears as soon as its answer is read. A stopped or failed
-    answer stays with the text that it has, and is sent with the next question if it has any. With
-    `keep_partial=False` it is dropped, and so is its question.
+    ``turns`` holds the turns, oldest first. A turn is added when you begin to iterate over its answer. A stopped or
+    failed answer keeps its text so far, and is sent with the next question unless that text is empty. With
+    `keep_partial=False`, the answer and its question are dropped.
 
     A new question stops the answer that is still running. Threads may share a conversation.
     """
@@ -93,7 +93,7 @@ class Conversation:
         return self.options.get("host", HOST), self.options.get("port", PORT)
 
     def stream(self, question: str) -> Answer:
-        """Return the answer to the next question, to be read with ``for`` or ``async for``, which sends it."""
+        """Return the answer to the next question. Iterating, with ``for`` or ``async for``, sends the question."""
         return self._next(question)
 
     def ask(self, question: str) -> str:
@@ -105,7 +105,7 @@ class Conversation:
         return "".join([piece async for piece in self.stream(question)])
 
     def edit(self, turn: int, question: str) -> Answer:
-        """Return the answer to `question` in place of ``turns[turn]``. The turns after it go.
+        """Return the answer to `question` in place of ``turns[turn]``. All later turns are removed.
 
         `undo` brings them back. If the new answer fails or is stopped before its first word, nothing is replaced.
         Raise `InvalidRequest` if there is no such turn.
@@ -142,7 +142,7 @@ class Conversation:
     def fork(self, turns: int | None = None) -> Conversation:
         """Return another conversation with the same turns, or with the first `turns` of them.
 
-        It leaves out an answer that is still running.
+        An answer that is still running is left out.
         """
         other = Conversation(self.system, keep_partial=self.keep_partial, **self.options)
         other._set_turns([turn for turn in self.turns[:turns] if turn.answer.finish_reason])
@@ -164,7 +164,7 @@ class Conversation:
         """Write all turns to a JSON file, as ``{"messages": [...], "answers": [...]}``.
 
         The messages are in OpenAI's format, which other tools read. A question without an answer is followed by an
-        empty one. The answers tell how each turn ended: its `finish_reason` and its `error`.
+        empty answer. ``answers`` says how each turn ended: its `finish_reason` and its `error`.
 
         An existing file is replaced when the new one is complete, and keeps its permissions. Raise `OSError` if that
         fails, and `UnicodeEncodeError` for a system prompt that is not valid Unicode.
@@ -188,7 +188,7 @@ class Conversation:
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Conversation:
-        """Return the conversation in a JSON file of `save` or of another tool.
+        """Return the conversation in a JSON file that `save` or another tool wrote.
 
         The file holds a list of messages, or a dict with one as ``"messages"``. `options` are those of a new
         conversation. Raise `OSError` if the file cannot be read, and `InvalidRequest` if it holds no conversation.
@@ -223,7 +223,7 @@ class Conversation:
         return self._call("/chat", messages, ModelOutputDocument)
 
     def _set_turns(self, turns: list[Turn]) -> None:
-        """Begin with `turns`, as if their questions had been asked one by one."""
+        """Set `turns`, with a history as if their questions had been asked one by one."""
         self.turns = turns
         self._history = [turns[:number] for number in range(len(turns))]
 
@@ -244,13 +244,13 @@ class Conversation:
         """Add a turn after `kept` when its answer begins. `before` are all turns at the time of the question."""
         with self._lock:
             if self.turns is not before:
-                raise RuntimeError("The conversation has changed since this question was put. Ask it again.")
+                raise RuntimeError("The conversation has changed since this question was asked. Ask it again.")
             self._history.append(before)
             self._running = Turn(question, answer)
             self.turns = [*kept, self._running]
 
     def _settle(self, answer: Answer) -> None:
-        """Decide whether the turn of `answer`, which has ended, stays."""
+        """Keep or remove the turn of `answer`, which has ended."""
         with self._lock:
             if self._running is None or self._running.answer is not answer:
                 return

@@ -1,12 +1,12 @@
 """Token ids in, text out as soon as it is certain.
 
-Knows how a tokenizer writes bytes into tokens; knows no model. A token is not a unit of text: an emoji or a Chinese
-character may take several tokens, and the space before a word belongs to the word's token. So a stream that decodes
-its tokens one by one loses spaces and prints `�`, and one that decodes all ids again for each token does quadratic
-work. Here each token costs the same, and at every moment the text so far is the certain beginning of
+This module knows how a tokenizer writes bytes into tokens, but knows no model. A token is not a unit of text: an emoji
+or a Chinese character may take several tokens, and the space before a word belongs to the word's token. If a stream
+decodes its tokens one by one, it loses spaces and prints `�`. If it decodes all ids again for each token, the work is
+quadratic. Here, each token costs the same, and the text so far is always the certain beginning of
 ``tokenizer.decode(all ids)``.
 
-The two families of tokenizers that chat models use are read exactly as their own decoders read them (`ByteLevel` and
+Chat models use two families of tokenizers. Both are decoded exactly as by their own decoders (`ByteLevel` and
 `ByteFallback` in huggingface/tokenizers, `tokenizers/src/decoders/`).
 """
 
@@ -26,10 +26,10 @@ class Detokenizer:
 
     - `tokenizer`: a Hugging Face tokenizer.
     - `stop`: the text ends before the stop string that is complete first. Text that may be the beginning of a stop
-      string is held back until that is decided.
+      string is held back until later tokens decide it.
 
     All pieces joined equal ``tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)``, up
-    to the stop string. The text of a tokenizer of another family is certain, and returned, only at the end.
+    to the stop string. For a tokenizer of another family, `finish` returns the whole text at the end.
     """
 
     def __init__(self, tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
@@ -39,7 +39,7 @@ class Detokenizer:
         self._stop = [string for string in stop if string]
         self._held = ""
         self.stopped = False
-        """Whether a stop string has come. The text is then complete, and further tokens add nothing."""
+        """True after a stop string. The text is then complete, and further tokens add nothing."""
 
     def push(self, token_id: int) -> str:
         """Return the text that becomes certain with this token. It may be empty."""
@@ -80,7 +80,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class _Decoder(Protocol):
-    """What turns the tokens of one family into text."""
+    """A decoder from the tokens of one family to text."""
 
     def push(self, token_id: int, token: str) -> str:
         """Return the text that becomes certain with this token."""

@@ -1,9 +1,9 @@
 """Token ids in, token ids out: the thread that owns the model. The engine knows no text and no transport.
 
-`Engine.submit` puts a prompt into the queue and returns its `TokenStream` at once. Between two steps the scheduler
-removes cancelled sequences, admits waiting ones, and says what each running one reads next. A step (`_step`) runs the
-model once for all of them, because that takes little longer than for one, samples the next token of each, and puts it
-into the sequence's stream.
+`Engine.submit` puts a prompt into the queue and returns its `TokenStream` at once. Between two steps, the scheduler
+removes cancelled sequences, admits waiting ones, and decides what each running one reads next. A step (`_step`) runs
+the model once for all of them, because that takes little longer than for one. It then samples the next token of each
+sequence and puts it into the sequence's stream.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Engine:
     - `args`: the limits.
 
     Raise `ModelUnavailable` for a model that `install_packed_attention` refuses, and `InvalidRequest` if
-    `cache_memory` is too little for any request.
+    `cache_memory` is too small for any request.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Engine:
         self.context_length = min(context_length, self.args.context_length or context_length)
         """The tokens that a prompt and its answer may take together."""
         self.cache_capacity: int
-        """The tokens for which all KV caches together may take memory."""
+        """The number of tokens that all KV caches together may hold."""
         self.scheduler: Scheduler
         self.steps = 0
-        """How many times the model has run."""
+        """The number of times that the model has run."""
         self._changed = threading.Condition()
         self._closed = False
         ready: Future[None] = Future()
@@ -76,7 +76,7 @@ class Engine:
         return sequence.stream
 
     def check_queue(self, pending: int = 0) -> None:
-        """Raise what `submit` would raise for any prompt after `pending` others: `QueueFull`, `ServiceUnavailable`."""
+        """Raise `QueueFull` or `ServiceUnavailable` if `submit` would do so for any prompt, after `pending` others."""
         if self._closed:
             raise ServiceUnavailable("The model has been shut down. Start the service again.")
         running, waiting = self.running, self.waiting + pending
@@ -89,12 +89,12 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many requests are running."""
+        """Return the number of running requests."""
         return len(self.scheduler.running)
 
     @property
     def waiting(self) -> int:
-        """How many requests are waiting. Cancelled ones do not count."""
+        """Return the number of waiting requests. Cancelled ones do not count."""
         return sum(not sequence.stream.cancelled for sequence in tuple(self.scheduler.waiting))
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Engine:
             )
 
     def _run(self, ready: Future[None]) -> None:
-        """Be the engine's thread."""
+        """Take steps in the engine's thread until the engine is closed or fails."""
         try:
             self._prepare()
         except Exception as error:
@@ -179,7 +179,7 @@ class Engine:
                 if not chunk.sequence.unread_ids:
                     self._sample_next(chunk.sequence, row, token_id)
             return
-        has_freed_memory = self.scheduler.prefix_cache.evict(0)  # memory may have been the reason
+        has_freed_memory = self.scheduler.prefix_cache.evict(0)  # the step may have run out of memory
         if len(batch) == 1 and not has_freed_memory:
             self._fail(batch[0].sequence, failure)
         else:  # retry one by one, so that only the failing request fails
@@ -207,7 +207,7 @@ class Engine:
         sequence.stream.end(reason, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """Finish `sequence` with an error. Drop its KV cache: memory may have been the reason."""
+        """Finish `sequence` with an error. Drop its KV cache: the model may have run out of memory."""
         sequence.cache = None
         after = f"after {sequence.completion_tokens} tokens ({type(error).__name__}: {error})"
         self._finish(sequence, "error", GenerationFailed(f"The model failed {after}. {_ASK_AGAIN}"))

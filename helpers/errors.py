@@ -18,11 +18,11 @@ class InvalidRequest(HelpersError, ValueError):
 
 
 class ModelUnavailable(HelpersError):
-    """The model cannot be found, downloaded, loaded, or does not fit into memory."""
+    """The model cannot be found, downloaded or loaded, or it does not fit into memory."""
 
 
 class ServiceUnavailable(HelpersError, ConnectionError):
-    """No service could start, none answers, or it went away before the answer was complete."""
+    """The service cannot start, does not answer, or went away before the answer was complete."""
 
 
 class QueueFull(ServiceUnavailable):

@@ -1,8 +1,8 @@
 """The engine behind Jina endpoints: a request in, one document per token out.
 
 `TokenStreamingExecutor` and ``/stream`` are the article's. ``/chat`` answers a dialog, ``/count`` counts its tokens,
-and ``/info`` describes the model. No endpoint raises because of a request: behind Jina's gateway, an exception in a
-generator is swallowed and the request repeated, up to four times. So a failure travels in the last document of the
+and ``/info`` describes the model. No endpoint raises because of a request: Jina's gateway would swallow
+an exception in a generator and repeat the request up to four times. So a failure travels in the last document of the
 stream, and nothing is generated twice.
 """
 
@@ -38,14 +38,14 @@ from .schemas import (
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL = 0.0001
-"""Seconds after which a thread gives Python's lock away. The engine's thread needs the lock between any two operations
+"""Seconds after which a thread releases Python's lock. The engine's thread needs the lock between any two operations
 of the model: with Python's default, 5 ms, eight clients together get 2 % fewer tokens per second."""
 
 Result = TypeVar("Result")
 
 
 class _Received(SamplingDocument):
-    """A request as it arrives. One that cannot be read still reaches its endpoint, with the reason in `refusal`."""
+    """A request as it arrives. If it cannot be read, it still reaches its endpoint, with the reason in `refusal`."""
 
     refusal: Optional[str] = None
 
@@ -193,9 +193,9 @@ class TokenStreamingExecutor(Executor):
                 stream.cancel()
 
     async def _tokenize(self, doc: SamplingDocument, work: Callable[[Any], Result]) -> Result:
-        """Return what `work` makes of a request, in a thread: it may take long, and the event loop serves all clients.
+        """Return the result of `work` for a request. It runs in a thread, because the event loop serves all clients.
 
-        Raise what `Engine.check_queue` raises, before any work.
+        Raise `QueueFull` or `ServiceUnavailable` before any work, as `Engine.check_queue` does.
         """
         self.engine.check_queue(pending=self._tokenizing)
         self._tokenizing += 1
@@ -221,13 +221,13 @@ class TokenStreamingExecutor(Executor):
         return prompts.count_tokens(self._messages(doc), self.chat_model.tokenizer)
 
     def _messages(self, doc: ChatRequest) -> List[prompts.Message]:
-        """Return the dialog. Raise what `_check_length` raises for the two messages that are never left out."""
+        """Return the dialog. Raise `InvalidRequest` if its first or last message is certainly too long."""
         for message in doc.messages[:1] + doc.messages[-1:]:
             self._check_length(message.get("content", ""))
         return cast(List[prompts.Message], doc.messages)
 
     def _check_length(self, text: str) -> None:
-        """Refuse, without tokenizing it, a text that could not fit even if all its tokens were the longest one."""
+        """Raise `InvalidRequest` without tokenizing if a text cannot fit even if all its tokens are the longest."""
         if len(text) > self._longest_token * self.engine.context_length:
             raise InvalidRequest(
                 f"The request has {len(text):,} characters, far more than the {self.engine.context_length:,} tokens of "

@@ -1,7 +1,7 @@
 """The notebooks' exercises: check an answer, and give a hint if it is wrong.
 
-Knows what is right, a short reason, and a hint; never shows an answer. The questions are in the notebooks, and
-worked answers in ``notebooks/solutions/``.
+This module knows how to judge an answer, a short reason, and a hint, and never shows an answer. The questions are in
+the notebooks, and the solutions are in ``notebooks/solutions/``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _remembers(extend: Any) -> bool:
 
 
 def _reads_streams(text_of: Any) -> bool:
-    """Judge exercise 3.3 by a complete stream, a failed one, and two without a last document."""
+    """Judge exercise 3.3 with a complete stream, a failed one, and two without a last document."""
     from .schemas import ModelOutputDocument  # takes seconds, and no other exercise needs it
 
     pieces = [ModelOutputDocument(token_id=n, generated_text=text) for n, text in enumerate(("A", " b"))]
@@ -90,14 +90,14 @@ def _reads_streams(text_of: Any) -> bool:
 
 
 def _explains_itself(messages: Any) -> bool:
-    """Judge exercise 4.1. Raise `InvalidRequest` for what is not a dialog."""
+    """Judge exercise 4.1. Raise `InvalidRequest` if `messages` is not a dialog."""
     texts = [message["content"] for message in check_dialog(messages)]
     has_answer = len(texts) == 3 and bool(texts[1].strip())
     return has_answer and texts[-1].strip() == "And of Italy?" and "capital" in f"{texts[0]} {texts[1]}".lower()
 
 
 def _fits_turns(dropped: Any) -> bool:
-    """Judge exercise 4.2 by windows that hold all turns, all to the last token, some, and none."""
+    """Judge exercise 4.2 with windows that hold all turns, exactly all turns, some of them, and none."""
     cases = {
         ((), 100): 0,
         ((30, 30, 30), 100): 0,
@@ -139,7 +139,7 @@ def _sends_what_was_said(messages: Any) -> bool:
 
 
 def _finds_unanswered(questions: Any) -> bool:
-    """Judge exercise 4.4 by files with and without a system prompt."""
+    """Judge exercise 4.4 with files that have a system prompt or none."""
     from .conversation import Conversation
 
     right = [question for question, answer in _turns() if answer.finish_reason in ("cancelled", "error")]
@@ -234,7 +234,7 @@ EXERCISES: dict[str, Exercise] = {
     "4.3": Exercise(
         _sends_what_was_said,
         "A partial answer is part of the dialog, and a question without any answer would break it.",
-        "An answer may be complete, partial or empty. After which of the three can no question follow? "
+        "An answer may be complete, partial or empty. Which of the three cannot be followed by a question? "
         "(A message is a dict of role and content, and the content is text.)",
     ),
     "4.4": Exercise(

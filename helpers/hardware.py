@@ -1,7 +1,7 @@
-"""What this machine offers a model: Python, RAM, a GPU, and whether bitsandbytes is installed.
+"""Find out what this machine offers a model: Python, RAM, a GPU, and bitsandbytes.
 
-Does not import torch: a child process asks it about the GPU, so the caller waits for no import and holds no CUDA
-context, which would not survive a fork.
+This module does not import torch. A child process asks torch about the GPU, so the caller does not wait for the import
+and holds no CUDA context, which would not survive a fork.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Return what this machine offers now. Takes some seconds if torch must be asked about a GPU.
+    """Return the facts about this machine. This takes some seconds if torch must be asked about a GPU.
 
-    If a container has a memory limit (cgroup v2), its RAM is what the limit allows. If torch sees several GPUs,
+    If a container has a memory limit (cgroup v2), the limit counts as its RAM. If torch sees several GPUs,
     the first one counts. An Apple GPU does not count: the model runs on the CPU.
     """
     quantises = installed_version("bitsandbytes") is not None
@@ -61,9 +61,9 @@ def this_machine() -> Machine:
 
 
 def ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Return the total and the available bytes for this process.
+    """Return the total and the available RAM for this process, in bytes.
 
-    The names of the files are the kernel's: https://docs.kernel.org/admin-guide/cgroup-v2.html
+    The kernel's documentation defines the files: https://docs.kernel.org/admin-guide/cgroup-v2.html
     """
     memory = psutil.virtual_memory()
     limit_file = cgroup / "memory.max"

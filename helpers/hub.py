@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub lets this user download: the token, its account, and the licence of a model.
+"""Ask the Hugging Face Hub what this user may download: the token, its account, and the licence of a model.
 
 A token's value leaves this module only in `Token.value`. Errors of the Hub's client are rephrased and never
 quoted, because their messages can contain the header that carries the token.
@@ -34,7 +34,7 @@ GET_TOKEN = (
 
 @dataclass(frozen=True)
 class Token:
-    """A Hugging Face token, and where it was found, as a noun phrase.
+    """A Hugging Face token. `source` is a noun phrase for the place where it was found.
 
     `repr` and `str` do not show the value. The value is "" if the file that should hold it is not text.
     """
@@ -44,7 +44,7 @@ class Token:
 
     @property
     def usable(self) -> bool:
-        """Whether the token is visible ASCII. The Hub's client quotes any other token in an error."""
+        """Return whether the token is visible ASCII. The Hub's client quotes any other token in an error."""
         return re.fullmatch("[!-~]+", self.value) is not None
 
 
@@ -90,7 +90,7 @@ def _colab_secret() -> str | None:
 
 
 class Licence(enum.Enum):
-    """Whether a token may download a repository, or why this is not known.
+    """The answer to whether a token may download a repository, or the reason why there is no answer.
 
     `finding` is a clause about ``{user}`` and ``{repo}``; `fix` is a sentence, or "" if there is nothing to fix.
     """
@@ -131,11 +131,11 @@ class Licence(enum.Enum):
 
 @dataclass(frozen=True)
 class HubAccess:
-    """What the Hub says about one repository and one token.
+    """The Hub's answer about one repository and one token.
 
     - ``licence``: `Licence.GRANTED` also for a repository that is open to everyone.
     - ``user``: the token's account, if the Hub named it.
-    - ``parameters``: of the model; known only if the licence is granted, and not for every repository.
+    - ``parameters``: the number that the model has; known only if the licence is granted, and not for every repository.
     - ``detail``: a clause with more about the finding, or "".
     """
 
@@ -147,21 +147,21 @@ class HubAccess:
 
     @property
     def finding(self) -> str:
-        """A clause, without a full stop."""
+        """Return the finding as a clause, without a full stop."""
         text = self.licence.finding.format(user=self.user or "this account", repo=self.repo_id)
         return f"{text} ({self.detail})" if self.detail else text
 
     @property
     def fix(self) -> str:
-        """What to do now, as a sentence; "" if there is nothing to fix."""
+        """Return what to do now, as a sentence, or "" if there is nothing to fix."""
         return self.licence.fix.format(repo=self.repo_id)
 
 
 def hub_access(token: Token | None, repo_id: str = LLAMA2) -> HubAccess:
     """Ask the Hub at ``HF_ENDPOINT`` who owns `token` and whether it may download `repo_id`. Never raises.
 
-    Takes at most `HUB_SECONDS`. Sends no request if ``HF_HUB_OFFLINE`` is set, if the token is not `Token.usable`,
-    or without a token about Llama 2, which is known to be gated.
+    This takes at most `HUB_SECONDS`. It sends no request if ``HF_HUB_OFFLINE`` is set, if the token is not
+    `Token.usable`, or if there is no token and the model is Llama 2, which is known to be gated.
     """
     if token is None and repo_id == LLAMA2:
         return HubAccess(repo_id, Licence.NO_TOKEN)
@@ -192,7 +192,7 @@ def _ask_hub(token: Token | None, repo_id: str) -> HubAccess:
 
 
 def _ask_licence(api: huggingface_hub.HfApi, token: Token | None, repo_id: str) -> tuple[Licence, str]:
-    """Return the licence and a detail. Raise every error but those that carry an answer of the Hub."""
+    """Return the licence and a detail. Raise every error that carries no answer of the Hub."""
     huggingface_hub.utils.validate_repo_id(repo_id)
     try:
         api.auth_check(repo_id)
@@ -202,7 +202,7 @@ def _ask_licence(api: huggingface_hub.HfApi, token: Token | None, repo_id: str) 
 
 
 def _parameters_on_hub(api: huggingface_hub.HfApi, repo_id: str) -> int | None:
-    """Return the Hub's own count, or None for a repository without safetensors files."""
+    """Return the number of parameters that the Hub counts, or None if the repository has no safetensors files."""
     info = api.model_info(repo_id, expand=["safetensors"])
     return info.safetensors.total if info.safetensors else None
 

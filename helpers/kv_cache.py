@@ -1,6 +1,6 @@
-"""The KV cache of each sequence, and the prefix cache: KV caches of finished sequences, to be reused.
+"""The KV cache of each sequence, and the prefix cache: KV caches of finished sequences, for reuse.
 
-Knows token ids and tensors; knows no model and no request.
+This module knows token ids and tensors, but no model and no request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class KVCache:
     """The keys and values of one sequence's first `length` tokens, in memory for `capacity` tokens.
 
     Each layer holds both side by side in one tensor, of shape (1, heads, capacity, size of a key + size of a
-    value). Appending does not move it, so a token costs the same however many there are.
+    value). Appending does not move the tensor, so each token costs the same.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -61,7 +61,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> dict[torch.device, int]:
-        """Bytes for each token, by device: a model may be spread over several, and each holds its own layers."""
+        """Return the bytes for each token, by device. A model may be spread over several devices."""
         sizes: dict[torch.device, int] = {}
         for stored in self._layers.values():
             sizes[stored.device] = sizes.get(stored.device, 0) + stored.nbytes // self.capacity
@@ -70,7 +70,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """The first `length` tokens of `cache` are the first of a prompt. Without such a cache: 0 and None."""
+    """A KV cache whose first `length` tokens are the first ones of a prompt too; 0 and None if there is none."""
 
     length: int = 0
     cache: KVCache | None = None
@@ -84,7 +84,7 @@ class PrefixCache:
     """
 
     MAX_ENTRIES = 256
-    """A new prompt is compared with every entry."""
+    """The limit exists because a new prompt is compared with every entry."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[Ids, KVCache]] = []  # the most recently used is the last
@@ -97,11 +97,11 @@ class PrefixCache:
 
     @property
     def capacity(self) -> int:
-        """The tokens for which the caches take memory."""
+        """Return the number of tokens for which the caches take memory."""
         return sum(cache.capacity for _, cache in self._entries)
 
     def add(self, ids: Ids, cache: KVCache) -> None:
-        """Keep `cache`, which holds the tokens `ids`, in the place of all caches that hold a prefix of them."""
+        """Add `cache`, which holds the tokens `ids`. It replaces all caches that hold a prefix of `ids`."""
         self._entries = [entry for entry in self._entries if common_prefix_length(entry[0], ids) < len(entry[0])]
         self._entries.append((ids, cache))
         del self._entries[: -self.MAX_ENTRIES]
@@ -112,19 +112,19 @@ class PrefixCache:
         return max(matches, key=lambda match: match.length, default=PrefixMatch())
 
     def touch(self, cache: KVCache) -> None:
-        """Make `cache` the most recently used, if it is one of these."""
+        """Make `cache` the most recently used one, if it is in the prefix cache."""
         self._entries.sort(key=lambda entry: entry[1] is cache)  # stable: only this entry moves, to the end
 
     def remove(self, cache: KVCache) -> bool:
-        """Remove `cache`. Return whether it was one of these."""
+        """Remove `cache`. Return whether it was in the prefix cache."""
         before = len(self._entries)
         self._entries = [entry for entry in self._entries if entry[1] is not cache]
         return len(self._entries) < before
 
     def evict(self, max_capacity: int) -> bool:
-        """Remove the least recently used until the caches take memory for at most `max_capacity` tokens.
+        """Remove the least recently used caches until the rest takes memory for at most `max_capacity` tokens.
 
-        Return whether any was removed.
+        Return whether any cache was removed.
         """
         before = len(self._entries)
         while self._entries and self.capacity > max_capacity:
@@ -133,7 +133,7 @@ class PrefixCache:
 
 
 def common_prefix_length(some: Ids, others: Ids) -> int:
-    """Return how many ids from the first on are the same in both."""
+    """Return the length of the longest common prefix."""
     same, end = 0, min(len(some), len(others))
     while same < end:  # by bisection: comparing slices is much faster than comparing ids in a loop
         middle = (same + end + 1) // 2
@@ -145,7 +145,7 @@ def common_prefix_length(some: Ids, others: Ids) -> int:
 
 
 def cache_capacity(trial: KVCache, *, context_length: int) -> int:
-    """Return for how many tokens to keep KV caches, if the user sets no limit. `trial` shows the bytes per token.
+    """Return how many tokens all KV caches may hold if the user sets no limit. `trial` shows the bytes per token.
 
     The limit is 80 % of the free memory of each GPU. In RAM, which other programs need too, it is 2 GiB or one
     full context, whichever is more, but at most half of the free memory.

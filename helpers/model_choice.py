@@ -1,4 +1,4 @@
-"""Which model will run on a machine, on which device and at which precision, decided before any download."""
+"""Choose the model, the device and the precision for a machine, before any download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .model_files import cached_folder, local_folder, parameters_of
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model will run, and why.
+    """The model that will run, and the reason.
 
     - ``model``: `catalog.BUNDLED`, a Hub id or a local path.
     - ``precision``: a key of `memory.PRECISIONS`.
@@ -30,7 +30,7 @@ class Choice:
 
 
 class _CannotRun(Exception):
-    """`why` a model cannot run, as a clause; the text says what follows from it and how to fix it."""
+    """A model cannot run. `why` is the reason, as a clause; the text adds the consequence and the fix."""
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(f"{what}: {why}. {fix}")
@@ -53,8 +53,8 @@ def choose(
     `hub` is what `hub_access` returned for Llama 2; without it, the Hub is asked if the answer matters.
 
     Raise `InvalidRequest` for an unknown precision. Raise `ModelUnavailable`, with the numbers and a fix, if the
-    model does not exist, may not be downloaded or does not fit, and for every model of the Hub, cached or not, if
-    the token that was found is not `Token.usable`.
+    model does not exist, may not be downloaded or does not fit. If the token that was found is not `Token.usable`,
+    raise `ModelUnavailable` for every model of the Hub, cached or not.
     """
     check_precision(precision)
     here = machine or this_machine()
@@ -167,7 +167,7 @@ class _Attempt:
         return None
 
     def error(self) -> _CannotRun:
-        """Return the error that says how much is missing, and what would fit."""
+        """Return the error that compares the needed with the free memory, and names what would fit."""
         size = self.parameters or 0
         place = "the GPU" if self.device == "cuda" else "this machine"
         smallest = min(self.candidates(), key=lambda name: PRECISIONS[name])

@@ -1,4 +1,4 @@
-"""A model's files on this machine, and how many parameters they hold. Loads no weights."""
+"""Find a model's files on this machine, and count their parameters without loading the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .hub import Licence, Token, find_token, hub_access
 
 
 def parameters_of(name_or_path: str, *, token: Token | None = None) -> int | None:
-    """Return the number of parameters of a model, or None if only loading it would tell.
+    """Return the number of parameters of a model, or None if the model must be loaded to count them.
 
     `name_or_path` is "smollm2", a local folder, or a Hub id; a Hub id is looked up in the local cache first.
     The shapes come from the headers of safetensors files; for ``.bin`` files the number is an estimate from their

@@ -1,4 +1,4 @@
-"""Loading: a name → model and tokenizer, at a precision. `helpers.model_choice` decides what can run.
+"""Load a model and its tokenizer by name, at a precision. `helpers.model_choice` decides what can run.
 
 A name is a Hub id (``meta-llama/Llama-2-7b-chat-hf``), the path of a local folder, or ``smollm2``, the bundled
 model, which needs no account.
@@ -62,7 +62,7 @@ def load(model: str = "auto", precision: str = "auto") -> ChatModel:
 
 
 def source_of(model: str) -> str:
-    """Return what `from_pretrained` takes for the name: the folder of the bundled model, or the name itself.
+    """Return the argument for `from_pretrained`: the folder of the bundled model, or the name itself.
 
     Raise `ModelUnavailable` if the bundled model is not installed.
     """
@@ -70,7 +70,7 @@ def source_of(model: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return what a library said, without addresses: that of a download may contain its key."""
+    """Return a library's message without addresses, because the address of a download may contain its key."""
     return re.sub(r"https?://\S+", "<address>", f"{type(error).__name__}: {error}")
 
 

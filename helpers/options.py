@@ -1,7 +1,7 @@
-"""What a request and a service can be asked for: defaults, limits, and their form on the command line.
+"""The options of a request and of a service: defaults, limits, and their form on the command line.
 
-Imports nothing but the errors, so the command line, the client, the wire and the engine all check a value
-here, in the same words, and a wrong value is refused before anything is started.
+This module imports only the errors. So the command line, the client, the wire and the engine all check a value here,
+with the same messages, and a wrong value is refused before anything is started.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PORT = 12345
 class SamplingParams:
     """How to generate an answer. The constructor raises `InvalidRequest` for a value out of range.
 
-    - ``max_tokens``: the most tokens to generate, from 1 to 2**31 - 1.
-    - ``temperature``: 0 always takes the most likely token (greedy); up to 2, higher is more varied.
+    - ``max_tokens``: the maximum number of tokens to generate, from 1 to 2**31 - 1.
+    - ``temperature``: 0 always takes the most likely token (greedy); higher values, up to 2, vary more.
     - ``top_p``: sample from the most likely tokens that together reach this probability, 0 < p <= 1.
     - ``seed``: a whole number from 0 to 2**31 - 1 that makes a sample repeatable.
     - ``stop``: the answer ends before the first of these strings.
@@ -56,9 +56,9 @@ class EngineArgs:
     """The limits of a service. The constructor raises `InvalidRequest` for a limit under which nothing can run.
 
     - ``context_length``: tokens that a prompt and its answer may take together; None means the model's own.
-    - ``max_num_seqs``: the most sequences that run at once. On two CPU cores, a step for 32 sequences takes
-      about three times as long as a step for one.
-    - ``max_queue_size``: the most requests that are accepted beyond ``max_num_seqs``, and wait.
+    - ``max_num_seqs``: the maximum number of sequences that run at once. On two CPU cores, a step for 32 sequences
+      takes about three times as long as a step for one.
+    - ``max_queue_size``: the maximum number of requests that are accepted beyond ``max_num_seqs``, and wait.
     - ``cache_memory``: bytes for the KV cache; None means `helpers.kv_cache.cache_capacity` decides.
     """
 
@@ -87,7 +87,7 @@ class EngineArgs:
 
     @classmethod
     def from_namespace(cls, options: argparse.Namespace) -> EngineArgs:
-        """Return the limits that were given on the command line, and the defaults of the others."""
+        """Return the limits from the command line, with the defaults for the others."""
         given = {field.name: getattr(options, field.name) for field in fields(cls)}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -98,8 +98,8 @@ class EngineArgs:
 
 _ENGINE_HELP = {
     "context_length": "tokens that prompt and answer may take together (default: the model's context length)",
-    "max_num_seqs": f"the most sequences that run at once (default: {EngineArgs.max_num_seqs})",
-    "max_queue_size": f"the most requests that wait in the queue (default: {EngineArgs.max_queue_size})",
+    "max_num_seqs": f"the maximum number of sequences that run at once (default: {EngineArgs.max_num_seqs})",
+    "max_queue_size": f"the maximum number of requests that wait in the queue (default: {EngineArgs.max_queue_size})",
     "cache_memory": "bytes for the KV cache (default: depends on the free memory)",
 }
 
@@ -107,4 +107,4 @@ _ENGINE_HELP = {
 def check_port(port: Any) -> None:
     """Raise `InvalidRequest` if `port` is not a port that a client can connect to."""
     if not isinstance(port, int) or not 1 <= port <= 65535:
-        raise InvalidRequest(f"{port} is not a port. Give the one that the service said it is ready on.")
+        raise InvalidRequest(f"{port} is not a port. Give the port that the service printed when it was ready.")

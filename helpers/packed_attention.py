@@ -1,8 +1,8 @@
 """One forward pass for many sequences, without padding: packed attention.
 
-Attention is the only operation of a language model that mixes tokens. So `forward_packed` packs what all sequences
-have to read into one row, one chunk after the other, and the attention handles each chunk by itself, with the KV
-cache of its sequence. A sequence that is admitted or finishes moves no other one.
+Attention is the only operation of a language model that mixes tokens. So `forward_packed` packs the unread
+ids of all sequences into one row, one chunk after the other, and the attention handles each chunk separately, with the
+KV cache of its sequence. When a sequence is admitted or finishes, no other one moves.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .kv_cache import Ids, KVCache
 def install_packed_attention(model: Any) -> KVCache:
     """Make `model`, a `transformers` causal language model, ready for `forward_packed`, and try it on two prompts.
 
-    Return the KV cache of one of them. Raise `ModelUnavailable` if a forward pass for both gives other logits than
-    one for each: the model mixes tokens outside its attention, or masks in a way of its own.
+    Return the KV cache of one of them. Raise `ModelUnavailable` if a forward pass for both gives different logits
+    from one for each: the model mixes tokens outside its attention, or uses its own mask.
     """
     try:
         if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -58,7 +58,7 @@ def _try(model: Any, prompts: Sequence[list[int]], *, expected: Tensor) -> KVCac
     batch = [(cache, prompt[n:]) for cache, prompt, n in zip(caches, prompts, halves, strict=True)]
     logits, _ = forward_packed(model, batch)
     if caches[0].num_layers != model.config.get_text_config().num_hidden_layers:
-        raise TypeError("it has layers that keep something else than keys and values")
+        raise TypeError("it has layers that store something other than keys and values")
     expected, logits = expected.float().cpu(), logits.float().cpu()
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if (logits - expected).norm() > (0.001 if is_exact else 0.1) * expected.norm():
@@ -128,9 +128,9 @@ def _attend(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Call `attention`, one of transformers' own, for each chunk by itself. Return (1, tokens, heads, size)."""
+    """Call `attention`, one of transformers' own, for each chunk separately. Return (1, tokens, heads, size)."""
     if attention_mask is not None:
-        raise TypeError("it masks in a way of its own")
+        raise TypeError("it uses its own attention mask")
     new = torch.cat((key, value), dim=-1)
     key_size, value_size = key.shape[-1], value.shape[-1]
     outputs, begin = [], 0
@@ -154,7 +154,7 @@ def _sdpa(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 
 
 def _eager(module: Any, *arguments: Any, **options: Any) -> Any:
-    """Call the attention that the model's own file defines. Some models do what no kernel can."""
+    """Call the attention that the model's own file defines. Some models need operations that no kernel has."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **options)
 
 
@@ -163,11 +163,11 @@ for _name, _attention in {"sdpa": _sdpa, "eager": _eager}.items():
 
 
 class _PrepackedLinear(torch.nn.Module):
-    """A `torch.nn.Linear` in fp32 on a CPU, computed by oneDNN, with its weights laid out for that once.
+    """A `torch.nn.Linear` in fp32 on a CPU, computed by oneDNN. Its weights are rearranged for oneDNN once.
 
     torch's own way, MKL, takes two to three times as long for up to 16 rows: 14 instead of 5 ms for 8 sequences and
     SmolLM2's 576 × 49,152 (on one core of an AMD EPYC), a tenth of their step. The two private operations are those
-    that torch's compiler calls. If the matrix is also that of the embedding, it is in memory twice.
+    that torch's compiler calls. If the embedding shares the matrix, it is in memory twice.
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
@@ -180,7 +180,7 @@ class _PrepackedLinear(torch.nn.Module):
 
 
 def _pack_head(model: Any) -> None:
-    """Replace the layer from the last hidden state to the logits, if a `_PrepackedLinear` can do its work."""
+    """Replace the layer from the last hidden state to the logits by a `_PrepackedLinear`, if that can compute it."""
     head = model.get_output_embeddings()
     if (
         type(head) is torch.nn.Linear

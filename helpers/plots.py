@@ -1,8 +1,8 @@
 """The notebooks' pictures, and the check of the machine as a table.
 
-Draws, but measures and decides nothing. Every picture has a white background, because a notebook may have a dark
-theme. Its colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), a hatch, a marker or a word repeats what
-they say, and an alternative text describes it.
+This module draws; it measures and decides nothing. Every picture has a white background, because a notebook may have a
+dark theme. The colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/). A hatch, a marker or a word repeats
+their meaning, and an alternative text describes the picture.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Picture:
 
 
 def _drawing(*, width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a white figure, in inches, and its axes. pyplot would keep the figure, and show it a second time."""
+    """Return a white figure, in inches, and its axes. pyplot would keep the figure and show it a second time."""
     rim = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), facecolor="white", layout=rim)
     axes = figure.add_subplot()
@@ -92,9 +92,9 @@ def _cell(text: str) -> str:
 
 
 def memory(here: Machine) -> Picture:
-    """Return a bar for each size of Llama 2 at bf16, int8 and nf4, in GB, and a line at the memory that is free.
+    """Draw a bar for each size of Llama 2 at bf16, int8 and nf4, in GB, and a line at the memory that is free.
 
-    That is the memory of the GPU, or RAM if `here` has no GPU.
+    The line shows the memory of the GPU, or RAM if `here` has no GPU.
     """
     free = here.gpu.free if here.gpu else here.ram_available
     fits: dict[str, Any] = {"facecolor": BLUE, "edgecolor": BLUE}
@@ -156,7 +156,7 @@ class Tokens:
 
 
 def window(sent: Sequence[int], whole: Sequence[int], *, window: int, kept_free: int) -> Picture:
-    """Return a bar for each request of a conversation that outgrows the context window.
+    """Draw a bar for each request of a conversation that outgrows the context window.
 
     Request n sends `sent[n]` tokens of the `whole[n]` in the dialog. `kept_free` of the `window` tokens are reserved
     for the answer.
@@ -190,7 +190,7 @@ _SERIES = ((BLUE, "o"), (VERMILLION, "s"), (BLACK, "^"))
 
 
 def timeline(moments: Mapping[str, Sequence[float]]) -> Picture:
-    """Return a row for each client, with a mark at each of its `moments`, in seconds since its request."""
+    """Draw a row for each client, with a mark at each of its `moments`, in seconds since its request."""
     figure, axes = _drawing(width=8, height=0.9 + 0.6 * len(moments))
     for row, times in enumerate(moments.values()):
         colour, marker = _SERIES[row % len(_SERIES)]
@@ -208,7 +208,7 @@ def timeline(moments: Mapping[str, Sequence[float]]) -> Picture:
 
 
 def costs(moments: Mapping[str, Sequence[float]]) -> Picture:
-    """Return the time of each token after the first, in ms, for each service. `moments` are in seconds."""
+    """Draw the time of each token after the first, in ms, for each service. `moments` are in seconds."""
     figure, axes = _drawing(width=8, height=4)
     for (service, times), (colour, marker) in zip(moments.items(), _SERIES, strict=False):
         gaps = [1000 * (after - before) for before, after in itertools.pairwise(times)]

@@ -30,7 +30,7 @@ def call_when_parent_ends(parent: int, action: Callable[[], object]) -> None:
 
 
 def exit_with_parent_process() -> None:
-    """End this process when the one that started it with `multiprocessing` ends; do nothing in any other process.
+    """End this process when its `multiprocessing` parent ends. Without such a parent, do nothing.
 
     A parent that is killed cannot stop its children.
     """
@@ -41,7 +41,7 @@ def exit_with_parent_process() -> None:
 def kill(processes: Sequence[psutil.Process]) -> None:
     """Kill the processes and wait until they have ended, for 5 seconds at most.
 
-    In a container, a dead process whose parent is gone may stay a zombie for ever.
+    In a container, a dead process whose parent is gone may stay a zombie forever.
     """
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -58,7 +58,7 @@ def remove_log(log: Path | None) -> None:
 
 
 def is_listening(host: str, port: int) -> bool:
-    """Return whether some process accepts connections there."""
+    """Return whether a process accepts connections at `host` and `port`."""
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError:
@@ -98,6 +98,6 @@ def _holder(port: int) -> str:
             listens_on = connection.laddr.port if connection.status == psutil.CONN_LISTEN and connection.laddr else 0
             if listens_on == port and connection.pid:
                 return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    except psutil.Error as error:  # macOS tells it to administrators only
+    except psutil.Error as error:  # macOS shows it to administrators only
         return f"another process ({type(error).__name__} hides which)"
     return "another process"

@@ -1,6 +1,6 @@
 """Show progress: a line in a terminal, a bar in a notebook, nothing elsewhere.
 
-It moves even between reports. A notebook stores only the title, so that a stored output does not depend on time.
+It also moves between reports. A notebook stores only the title, so that a stored output does not depend on time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[..., N
                 draw()
 
         ended = threading.Event()
-        # in the caller's context, from which a kernel knows the cell that a message belongs to
+        # in the caller's context, which tells a kernel the cell that a message belongs to
         run = contextvars.copy_context().run
         drawing = threading.Thread(target=run, args=(draw_until_the_end,), daemon=True)
         drawing.start()
@@ -70,7 +70,7 @@ def _in_terminal(options: dict[str, Any]) -> Iterator[tuple[Any, Callable[[], An
 
 @contextlib.contextmanager
 def _in_notebook(title: str, options: dict[str, Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """Yield a tqdm bar in the cell's output, of widgets or else of text, and the function that draws it."""
+    """Yield a tqdm bar in the cell's output, and the function that draws it. Without ipywidgets, it is text."""
     from IPython.display import Pretty, display
 
     if importlib.util.find_spec("ipywidgets") is None:

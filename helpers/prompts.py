@@ -1,7 +1,7 @@
 """From messages to the text and the token ids that a chat model was trained on.
 
 For Llama-2-Chat, text and ids are exactly those of Meta's reference (``chat_completion`` in
-``llama/generation.py`` of github.com/meta-llama/llama); any other model has its own chat template.
+``llama/generation.py`` of github.com/meta-llama/llama); any other model uses its own chat template.
 This module loads no model and generates nothing: the caller passes a tokenizer.
 """
 
@@ -25,7 +25,7 @@ class Message(TypedDict):
 
 
 class Tokenizer(Protocol):
-    """What this module uses of a Hugging Face tokenizer, fast or slow."""
+    """The part of a Hugging Face tokenizer, fast or slow, that this module uses."""
 
     bos_token: Any
     eos_token: Any
@@ -68,8 +68,8 @@ def check_dialog(messages: object, *, special_tokens: Iterable[str] = ()) -> lis
     A dialog is an optional system message, then user and assistant messages in turn, and ends with a user message
     (Meta's rule). System and user messages must not contain any of the four tags (Meta's rule, here for every
     model) or of `special_tokens`. In an assistant message, a space after its first character turns such a tag
-    into ordinary text: Meta refuses it, and then a model that once wrote a tag could not be asked again. Stricter
-    than Meta, a user message must not be empty, because models answer an empty one with something arbitrary.
+    into ordinary text. (Meta refuses it, so a conversation could not continue after the model once wrote a tag.) A
+    user message must not be empty: Meta allows that, but models answer an empty message with something arbitrary.
     Keys of a message other than ``role`` and ``content`` are dropped.
     """
     forbidden = (*SPECIAL_TAGS, *special_tokens)
@@ -91,7 +91,7 @@ def check_history(messages: object) -> list[Message]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise InvalidRequest(
-            f"A dialog is a list of messages, and this is a {type(messages).__name__}. "
+            f"A dialog is a list of messages, not a {type(messages).__name__}. "
             "Send [{'role': 'user', 'content': 'your question'}]."
         )
     checked = [_check_message(m, n) for n, m in enumerate(messages, start=1)]
@@ -157,8 +157,8 @@ def llama2_prompt(messages: Sequence[Message]) -> str:
     """Return the whole dialog as one text in Llama 2's prompt format, with ``<s>`` and ``</s>`` written out.
 
     A closed turn is ``<s>[INST] user [/INST] answer </s>``; the last turn ends at ``[/INST]``. As in Meta's
-    reference, the system prompt is put in front of the first user message before that is stripped.
-    Raise `InvalidRequest` for what `check_dialog` refuses, and for a message that contains ``<s>`` or ``</s>``.
+    reference, the system prompt is put in front of the first user message before that message is stripped.
+    Raise `InvalidRequest` if `check_dialog` refuses the messages, or if one contains ``<s>`` or ``</s>``.
     """
     *closed, last = _llama2_turns(check_dialog(messages, special_tokens=(BOS, EOS)))
     return "".join(f"{BOS}{turn}{EOS}" for turn in closed) + BOS + last
@@ -167,16 +167,16 @@ def llama2_prompt(messages: Sequence[Message]) -> str:
 def llama2_token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Return the token ids of a dialog, or of a text in Llama 2's prompt format.
 
-    For messages the ids are Meta's: every turn is encoded alone, between the ids of BOS and EOS. A text is split
+    For messages, the ids are Meta's: every turn is encoded alone, between the ids of BOS and EOS. A text is split
     at the tokenizer's spelling of BOS and EOS (``<s>``, ``</s>``), and the segments are encoded alone too. If a
-    tokenizer encodes the whole text, the ids differ: a second BOS, and with ``legacy=False``, the setting of
-    Llama-2-7b-chat-hf, ``[`` (29961) after ``<s>``, where Meta has ``▁[`` (518).
+    tokenizer encodes the whole text, the ids differ: they have a second BOS, and with ``legacy=False``, the setting
+    of Llama-2-7b-chat-hf, ``[`` (29961) after ``<s>`` instead of Meta's ``▁[`` (518).
 
     The ids of a text always begin with one BOS and never contain two in a row. Whitespace around the text and
     between ``</s>`` and ``<s>`` is dropped; inside a turn it stays.
 
-    Raise `InvalidRequest` for what `check_dialog` refuses (with all special tokens of the tokenizer), and for a
-    text that is empty or not valid Unicode.
+    Raise `InvalidRequest` if `check_dialog` refuses the messages (with all special tokens of the tokenizer), or if
+    the text is empty or not valid Unicode.
     """
     if isinstance(prompt, str):
         return _llama2_text_ids(prompt, tokenizer)
@@ -196,11 +196,11 @@ def is_llama2(tokenizer: Tokenizer) -> bool:
 def token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Return the token ids of a dialog, or of a raw text, for the model that the tokenizer belongs to.
 
-    Llama 2 gets `llama2_token_ids`. For any other model, a dialog goes through its own chat template (which may
-    add a system prompt), and a raw text is encoded by its tokenizer, without a second BOS if it begins with one.
+    Llama 2 gets `llama2_token_ids`. For any other model, its own chat template formats a dialog (and may add
+    a system prompt), and its tokenizer encodes a raw text, without a second BOS if the text begins with one.
 
-    Raise `InvalidRequest` for what `check_dialog` refuses (with all special tokens of the tokenizer), for messages
-    that the template refuses, for messages without a template, and for a text that is empty or not valid Unicode.
+    Raise `InvalidRequest` if `check_dialog` refuses the messages (with all special tokens of the tokenizer), if the
+    template refuses them or the model has none, or if the text is empty or not valid Unicode.
     """
     if not isinstance(prompt, str):
         return _dialog_ids(_check_for(prompt, tokenizer), tokenizer)
@@ -237,8 +237,8 @@ def fit_to_window(messages: Sequence[Message], tokenizer: Tokenizer, *, window: 
     system prompt and the last question always stay. The number of turns is found by bisection, so a long dialog is
     encoded a few times, not once per turn.
 
-    Raise `InvalidRequest` if the system prompt and the last question alone do not fit, and for what `token_ids`
-    refuses.
+    Raise `InvalidRequest` if the system prompt and the last question alone do not fit, or if `token_ids` refuses
+    the dialog.
     """
     dialog = _check_for(messages, tokenizer)
     system = dialog[: int(dialog[0]["role"] == "system")]
@@ -281,7 +281,7 @@ def _too_long(least: FittedDialog, *, window: int, max_tokens: int) -> str:
 
 
 def _check_for(messages: object, tokenizer: Tokenizer) -> list[Message]:
-    """Return `check_dialog` with the texts that this tokenizer reads as one special token.
+    """Return the checked dialog. Refuse texts that this tokenizer reads as one special token.
 
     Whitespace, and added tokens that are not special (``<think>``), may appear in messages.
     """

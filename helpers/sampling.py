@@ -10,7 +10,7 @@ from torch import Tensor
 from .options import SamplingParams
 
 LIKELY_TOKENS = 1024
-"""`top_p` first looks at this many tokens, which nearly always reach it.
+"""`top_p` first looks at this many tokens, which are nearly always enough.
 
 On one core of an AMD EPYC that takes 0.4 ms for a vocabulary of 49,152; sorting the whole vocabulary takes 3 ms."""
 
@@ -20,7 +20,7 @@ def make_sampler(params: SamplingParams) -> Callable[[Tensor], int] | None:
 
     Return None for temperature 0 (greedy): `helpers.packed_attention.forward_packed` finds the most likely ids.
 
-    Each sampler has its own random generator, so what it draws depends on the seed, and not on other requests.
+    Each sampler has its own random generator, so its tokens depend on the seed, and not on other requests.
     """
     if params.temperature == 0:
         return None

@@ -1,4 +1,4 @@
-"""Which sequences run, and what each of them reads in the next step: first come, first served.
+"""Decide which sequences run, and which ids each of them reads in the next step: first come, first served.
 
 The scheduler knows sequences and their KV caches. It knows no model, no text and no thread: `helpers.engine` calls it
 between two steps. A sequence waits after `add`, runs after `admit`, reads what `schedule` returns, and leaves with
@@ -19,8 +19,8 @@ from .sequence import Sequence
 log = logging.getLogger(__name__)
 
 PREFILL_BUDGET = 128
-"""Prompt tokens that one step reads, of all new prompts together. On a CPU, more would hardly be faster per token, and
-the running sequences wait for it between two of their tokens."""
+"""Prompt tokens that one step reads, of all new prompts together. On a CPU, a larger budget would hardly be faster per
+token, and the running sequences would wait longer between two tokens."""
 
 MIN_SHARED_PREFIX = 16
 """A shorter prefix is read again: it is not worth copying, nor waiting a step for."""
@@ -35,17 +35,17 @@ class Chunk:
 
     @property
     def cache(self) -> KVCache:
-        """The sequence's KV cache. The chunk has no reference of its own, so a failed sequence frees its memory."""
+        """Return the sequence's KV cache. The chunk holds no reference, so a failed sequence frees its memory."""
         assert self.sequence.cache is not None
         return self.sequence.cache
 
 
 class Scheduler:
-    """The queue of `waiting` sequences, those that are `running`, and the prefix cache.
+    """The queue of `waiting` sequences, the `running` sequences, and the prefix cache.
 
-    - `max_num_seqs`: the most sequences that run at once.
-    - `cache_capacity`: the tokens for which all KV caches together, those of the prefix cache too, may take memory.
-      A running sequence counts with its prompt and its `max_tokens`.
+    - `max_num_seqs`: the maximum number of sequences that run at once.
+    - `cache_capacity`: the number of tokens that all KV caches together, those of the prefix cache too, may hold. A
+      running sequence counts with its prompt and its `max_tokens`.
     """
 
     def __init__(self, *, max_num_seqs: int, cache_capacity: int) -> None:
@@ -53,7 +53,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.prefix_cache = PrefixCache()
-        self._durations: deque[float] = deque(maxlen=max_num_seqs)  # seconds that the latest to finish were running
+        self._durations: deque[float] = deque(maxlen=max_num_seqs)  # seconds that the latest finished ones ran
 
     def add(self, sequence: Sequence) -> None:
         """Append `sequence` to the queue."""
@@ -82,7 +82,7 @@ class Scheduler:
         return running + waiting
 
     def schedule(self) -> list[Chunk]:
-        """Return what each running sequence reads in the next step: its latest token, or a chunk of its prompt."""
+        """Return the ids that each running sequence reads next: its latest token, or a chunk of its prompt."""
         decode: list[Chunk] = []
         prefill: list[Chunk] = []
         for n, sequence in enumerate(self.running):
@@ -104,7 +104,7 @@ class Scheduler:
             self.prefix_cache.add(sequence.ids[: cache.length], cache)
 
     def seconds_until_next_finish(self) -> int:
-        """Estimate in how many seconds, at least 1, a running sequence finishes, from how long the latest ones took."""
+        """Estimate the seconds, at least 1, until a running sequence finishes, from the latest durations."""
         running = tuple(self.running)
         durations = tuple(self._durations) or [time.monotonic() - sequence.admitted_at for sequence in running]
         return math.ceil(sum(durations) / max(1, len(durations)) / max(1, len(running))) or 1
@@ -128,8 +128,8 @@ class Scheduler:
     def _new_cache(self, sequence: Sequence, match: PrefixMatch) -> KVCache:
         """Make room for the KV cache of `sequence`, and return it, with the prefix that `match` found.
 
-        Reuse the found cache itself if all of it is a prefix (the conversation's turn before), or if it was evicted to
-        make room. Copy the prefix from any other.
+        Reuse the found cache itself if all of it is a prefix (the previous turn of a conversation), or if it was
+        evicted to make room. Otherwise, copy the prefix.
         """
         found, capacity = match.cache, sequence.max_total_tokens
         if found is not None:
@@ -154,8 +154,8 @@ class Scheduler:
 def _share_budget(prefill: list[Chunk]) -> list[Chunk]:
     """Cut the chunks so that together they fit the prefill budget.
 
-    The first gets half of it, the next half of the rest, and so on; the last gets the whole rest, and each at least
-    one token, so a long prompt does not hold up a short one behind it.
+    The first gets half of it, the next half of the rest, and so on; the last gets the whole rest. Each gets at least
+    one token. So a long prompt does not hold up a short one behind it.
     """
     chunks, budget = [], PREFILL_BUDGET
     for n, chunk in enumerate(prefill, start=1):

@@ -1,4 +1,4 @@
-"""The documents that cross the wire: DocArray types, and nothing else.
+"""The documents that cross the wire, as DocArray types.
 
 `PromptDocument(prompt, max_tokens)` and `ModelOutputDocument(token_id, generated_text)` are the schemas of the
 article "Building a streaming API for Llama 2". Every field that we add has a default, so a client that knows
@@ -50,7 +50,7 @@ class ChatDocument(SamplingDocument):
     ``messages``: ``[{"role": "system" | "user" | "assistant", "content": ...}, ...]``.
     """
 
-    # not a DocList: with pydantic 2, Jina 3.34 cannot tell its gateway the schema of one
+    # not a DocList: with pydantic 2, Jina 3.34 cannot tell its gateway the schema of a DocList
     messages: List[Dict[str, str]]
 
 
@@ -60,7 +60,7 @@ class ModelOutputDocument(BaseDoc):
     The `generated_text` of all documents joined equals the tokenizer's own decoding of all `token_id`, up to a
     stop string. `generated_text` is empty while the bytes of a character are incomplete.
 
-    Set in the first and the last document, but not if that reports an error:
+    Set in the first and the last document, but not in a last document that reports an error:
 
     - ``prompt_tokens``: the length of the prompt.
     - ``dropped_turns``: how many of the oldest turns of a dialog were left out to fit the context window.
@@ -108,5 +108,5 @@ class ModelDocument(BaseDoc):
 
 
 def validation_message(error: ValidationError) -> str:
-    """Return, in one line, which fields of a document do not fit, and why."""
+    """Return, in one line, which fields of a document are invalid, and why."""
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))

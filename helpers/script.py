@@ -1,8 +1,8 @@
 """Run a user's script that deploys a service, such as the article's, and end with the program that started it.
 
-    python -m helpers.script --port PORT --parent PID --log FILE SCRIPT [ARGUMENT ...]
+`helpers.service.serve_script` starts a script in this way:
 
-is how `helpers.service.serve_script` starts a script.
+    python -m helpers.script --port PORT --parent PID --log FILE SCRIPT [ARGUMENT ...]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .transport import is_ready
 
 
 def main() -> None:
-    """Run the script of the command line as ``__main__``, and print when the service behind the port is ready."""
+    """Run the script as ``__main__``, and print the ready line when the service on the port is ready."""
     parser = argparse.ArgumentParser(allow_abbrev=False)  # the script's arguments may begin like these
     parser.add_argument("--port", type=int)
     parser.add_argument("--parent", type=int)

@@ -1,4 +1,4 @@
-"""One request, seen from both sides: a `Sequence` inside the engine, and a `TokenStream` in the client's hands.
+"""The two sides of a request: a `Sequence` inside the engine, and a `TokenStream` for the client.
 
 The engine's thread puts token ids into the stream; the client takes them out in any other thread or event loop.
 The stream does not refer to the sequence, so an unread answer holds no KV cache.
@@ -53,7 +53,7 @@ class TokenStream:
     async def __aiter__(self) -> AsyncIterator[int]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
-        arrived.set()  # what came before this line is in the queue already
+        arrived.set()  # earlier tokens are in the queue already
         while True:
             await arrived.wait()
             arrived.clear()
@@ -77,14 +77,14 @@ class TokenStream:
             self.cancel()
 
     def end(self, reason: str, error: HelpersError | None = None) -> None:
-        """End the stream, with `error` if there is one. The engine calls this. A second end does nothing."""
+        """End the stream, with `error` if there is one. The engine calls this. A second call does nothing."""
         if self.finish_reason is None:
             self.finish_reason = reason
             self.put(error)
 
 
 class Sequence:
-    """A prompt and what has been generated so far, with all that the engine needs to continue it.
+    """A prompt and its answer so far, with everything that the engine needs to continue it.
 
     - `ids`: the token ids of the prompt, then those of the answer.
     - `sampler`: `helpers.sampling.make_sampler`, or None for greedy decoding.
@@ -104,15 +104,15 @@ class Sequence:
 
     @property
     def max_total_tokens(self) -> int:
-        """The tokens for which the sequence needs memory at most."""
+        """Return the maximum number of tokens for which the sequence needs memory."""
         return self._prompt_tokens + self.max_tokens
 
     @property
     def completion_tokens(self) -> int:
-        """How many tokens have been generated."""
+        """Return the number of generated tokens."""
         return len(self.ids) - self._prompt_tokens
 
     @property
     def unread_ids(self) -> list[int]:
-        """The ids that the KV cache does not hold yet: the rest of the prompt, or the latest token."""
+        """Return the ids that the KV cache does not hold yet: the rest of the prompt, or the latest token."""
         return self.ids[self.cache.length if self.cache else 0 :]

@@ -1,4 +1,4 @@
-"""Be the service's own process: deploy the Executor, print that it is ready, and end in order.
+"""Run the service's own process: deploy the Executor, print that it is ready, and stop it cleanly.
 
 `helpers.service.serve` starts this as ``python -m helpers serve``; a user can do the same in a terminal.
 """
@@ -35,11 +35,12 @@ def run(
 ) -> None:
     """Run a service in this process until SIGTERM, Ctrl-C or the end of the process `parent`.
 
-    When the service stops or `parent` ends, remove the file `log`, and its folder if it is empty then. After a
-    failure they stay.
+    When the service stops or `parent` ends, remove the file `log`, and its folder if it is then empty. After a
+    failure, both stay.
 
-    Raise what `helpers.service.serve` raises for a port, and `ModelUnavailable` if the packages that run a model are
-    not installed. If the model does not load, print the reason on stderr and raise `SystemExit`.
+    Raise `InvalidRequest` or `ServiceUnavailable` if the service cannot listen on the port, and `ModelUnavailable` if
+    the packages that run a model are not installed. If the model does not load, print the reason on stderr and raise
+    `SystemExit`.
     """
     port = port_to_listen_on(host, port)
     lifetime = _Lifetime(parent, log)
@@ -61,7 +62,7 @@ def run(
 
 
 class _Lifetime:
-    """When this process ends: `ready` says that it answers, and `stop` that it must end."""
+    """The lifetime of this process: `ready` is set when it answers, and `stop` when it must end."""
 
     def __init__(self, parent: int | None, log: Path | None) -> None:
         self.ready, self.stop = threading.Event(), threading.Event()
@@ -82,7 +83,7 @@ class _Lifetime:
         self._end()
 
     def _end_with_executor(self) -> None:
-        """Report an executor that died. Jina would wait for it, a minute or for ever."""
+        """Report an executor that died, and end. Jina would wait for it for a minute or forever."""
         while not (executors := multiprocessing.active_children()):
             time.sleep(0.05)
         multiprocessing.connection.wait([executors[0].sentinel])
@@ -111,7 +112,7 @@ def _deployment(model: str, precision: str, host: str, port: int, engine_args: E
         port=port,
         protocol="grpc",
         include_gateway=False,  # Jina's gateway hides errors and repeats requests
-        timeout_ready=-1,  # a first download takes as long as it takes
+        timeout_ready=-1,  # no limit, because a first download may take long
         grpc_server_options={
             "grpc.so_reuseport": 0,  # two services must not share a port unnoticed
             # Jina's client pings every 10 s, and gRPC closes a connection after the third ping without data.

@@ -1,10 +1,10 @@
 """Start a service, wait until it is ready, and stop it without leaving anything behind.
 
-`serve` runs ``python -m helpers serve`` as a process of its own, because a fork of a notebook's kernel would
+`serve` runs ``python -m helpers serve`` in its own process, because a fork of a notebook's kernel would
 inherit its threads, its output and its CUDA context. The service ends with the program that started it, even if
-that is killed, and frees its port. `helpers.server` is what runs in that process.
+that program is killed, and frees its port. The process runs `helpers.server`.
 
-The client is imported after that process has started, so that the imports of both run at the same time.
+The client is imported after the service's process has started, so that both import at the same time.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def serve(
     """Start a service and wait until it is ready. Use it as ``with helpers.serve() as service:``.
 
     - `model` and `precision` as in `helpers.models.load`.
-    - `host`: the address to listen on. Other machines reach only an address that is not the loopback one.
-    - `port`: 0 takes any free one.
+    - `host`: the address to listen on. Other machines cannot reach the default, the loopback address.
+    - `port`: 0 takes any free port.
     - `engine_args`: the fields of `helpers.options.EngineArgs`.
 
-    Raise `InvalidRequest` for an unknown precision or a limit out of range, before anything is started;
-    `ServiceUnavailable` if the port is taken, with the process that holds it; `ModelUnavailable` if the model is the
-    reason; and `ServiceUnavailable`, with the end of the service's log, if the service ends for any other reason.
+    Before anything is started, raise `InvalidRequest` for an unknown precision or a limit out of range, and
+    `ServiceUnavailable` if the port is taken, with the process that holds it. If the service ends before it is ready,
+    raise `ModelUnavailable` if the model is the reason; otherwise `ServiceUnavailable` with the end of the log.
     """
     check_precision(precision)
     limits = EngineArgs(**engine_args)
@@ -73,7 +73,7 @@ def serve_script(script: str | Path, *arguments: str, port: int = PORT) -> Servi
     """Run a Python script that deploys an `Executor` on `port`, and wait until it is ready.
 
     The script ends as the article's does: ``with Deployment(..., port=12345, protocol="grpc") as dep: dep.block()``.
-    `arguments` become its ``sys.argv[1:]``. It runs in a process of its own, and stops like a service of `serve`.
+    `arguments` become its ``sys.argv[1:]``. The script runs in its own process, and stops like a service of `serve`.
 
     Raise `ServiceUnavailable` if the port is taken, or, with the end of its log, if the script ends.
     """
@@ -108,7 +108,7 @@ class Service:
             raise
         self.pid = self._process.pid
         try:
-            from . import conversation  # noqa: F401  takes seconds, and now the service takes seconds too
+            from . import conversation  # noqa: F401  takes seconds, while the service starts
 
             self._wait_until_ready(ready_line(host, port))
         except BaseException:
@@ -144,7 +144,7 @@ class Service:
         return Conversation(system, host=self.host, port=self.port, **options)
 
     def info(self) -> ModelDocument:
-        """Return what `helpers.info` returns for this service."""
+        """Return this service's model and load, as `helpers.info` does."""
         from . import client
 
         return client.info(host=self.host, port=self.port)
@@ -164,14 +164,14 @@ class Service:
         shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def _wait_until_ready(self, ready: str) -> None:
-        """Return when the log holds `ready`; until then, show the latest line of the log."""
+        """Wait until the log contains `ready`, and show the latest line of the log meanwhile."""
         with progress("Starting the service") as show, self.log.open(errors="replace") as log:
             unfinished = ""
             while True:
                 if self._process.poll() is not None:
                     raise self._failure()
-                *lines, unfinished = (unfinished + log.read()).split("\n")  # read on from the line before
-                # a script's own output may stand before it in the same line
+                *lines, unfinished = (unfinished + log.read()).split("\n")  # the log may end in the middle of a line
+                # a script's own output may precede it in the same line
                 if any(ready in line for line in [*lines, unfinished]):
                     return
                 if shown := [line for line in [*lines, unfinished] if line.strip()]:

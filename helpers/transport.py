@@ -1,6 +1,7 @@
 """One call to a service over gRPC: a document is sent, and documents come back.
 
-Knows Jina's protocol, and not what the documents mean. Every failure of the transport becomes a `ServiceUnavailable`.
+This module knows Jina's protocol, but not the meaning of the documents. Every failure of the transport becomes a
+`ServiceUnavailable`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Call(Generic[Doc]):
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Cancel the request, from any thread: `documents` ends or raises at once. Nothing is sent from now on.
+        """Cancel the request, from any thread: `documents` ends or raises at once. Nothing is sent after that.
 
         `documents_async` does not notice: close its iterator instead.
         """
@@ -66,8 +67,8 @@ class Call(Generic[Doc]):
     def documents(self) -> Generator[Doc, None, None]:
         """Send the request and yield the documents as they arrive.
 
-        Uses plain gRPC, not Jina's client, whose event loop would be a second one in a notebook: grpc.aio then
-        prints `BlockingIOError` at random (grpc/grpc#25364).
+        Use plain gRPC. In a notebook, Jina's client would start a second event loop, and grpc.aio then prints
+        `BlockingIOError` at random (grpc/grpc#25364).
         """
         message = SingleDocumentRequest()
         message.header.exec_endpoint = self.endpoint
@@ -113,7 +114,7 @@ class Call(Generic[Doc]):
 
 @contextmanager
 def _open_channel(address: str) -> Iterator[Any]:
-    # gRPC's global pool shares the wait after a refused connection, so that a service that is back stays unreached
+    # gRPC's global pool shares the wait after a refused connection, so a new channel would wait too
     options = {"grpc.use_local_subchannel_pool": 1}
     if threading.current_thread() is not threading.main_thread():
         # this thread then reads by itself, which saves a thread switch per document. Not the main thread: gRPC would
@@ -129,7 +130,7 @@ _open_channels: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _close_channels() -> None:
-    """A channel that is open when Python ends would hang the program."""
+    """Close the open channels. A channel that is open when Python ends would hang the program."""
     for channel in list(_open_channels):
         channel.close()
 

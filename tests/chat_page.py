@@ -49,6 +49,7 @@ class ChatPage:
         """Send, and wait for the end of the answer."""
         self.send(question)
         self.wait_for_status(ANSWER_ENDED)
+        self.python("None")  # the page holds the entry's next text back until it has read all that the kernel sent
 
     def edit(self, question: str) -> None:
         """Replace the latest question, and wait for the end of the answer."""

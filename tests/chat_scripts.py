@@ -1,4 +1,4 @@
-"""What a scripted service says in the tests of the chat box."""
+"""The answers of a scripted service in the tests of the chat box."""
 
 from __future__ import annotations
 

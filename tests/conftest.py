@@ -42,7 +42,7 @@ def sentencepiece_model() -> Any:
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer(sentencepiece_model: Any) -> Any:
-    """What `AutoTokenizer` makes of Llama-2-7b-chat-hf: a `LlamaTokenizer` with legacy=False."""
+    """A `LlamaTokenizer` with legacy=False, as `AutoTokenizer` creates it for Llama-2-7b-chat-hf."""
     from helpers.bundled import llama_tokenizer
 
     return llama_tokenizer()

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares and constraints.txt pins, for the tests of packaging and of Colab."""
+"""The declarations of pyproject.toml and the pins of constraints.txt, for the tests of packaging and of Colab."""
 
 from __future__ import annotations
 

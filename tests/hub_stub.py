@@ -82,7 +82,7 @@ class Request:
 
 @dataclass
 class HubStub:
-    """A running stub. A change of an attribute holds from the next request on.
+    """A running stub. A changed attribute applies from the next request on.
 
     - ``users``: token → account. Any other token is refused.
     - ``narrow``: fine-grained tokens that may not read gated repositories.
@@ -137,9 +137,9 @@ class HubStub:
 
     @property
     def storage(self) -> str:
-        """Where the weights are: this server under another name.
+        """Return the address of the storage for the weights: this server under another name.
 
-        A client tells hosts apart by their names. It sends its token to the Hub, and none to the storage.
+        A client tells hosts apart by their names. It sends its token to the Hub, but not to the storage.
         """
         return self.url.replace("127.0.0.1", "localhost")
 

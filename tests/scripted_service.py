@@ -63,27 +63,27 @@ class ScriptedService:
         yield last("length")
 
     def silence(self, request: Any) -> Iterator[ModelOutputDocument]:
-        """A script that yields nothing until the test sets `resume`."""
+        """Yield nothing until the test sets `resume`."""
         self.resume.wait()
         yield from self.count_up(request)
 
     def half(self, request: Any) -> Iterator[ModelOutputDocument]:
-        """A script that yields two tokens, and the rest when the test sets `resume`."""
+        """Yield two tokens, and the rest when the test sets `resume`."""
         yield from tokens("Half ", "an ")
         self.resume.wait()
         yield from self.count_up(request)
 
     def fail(self, request: Any) -> Iterator[ModelOutputDocument]:
-        """A script that fails after two tokens."""
+        """Fail after two tokens."""
         yield from tokens("Half ", "an ")
         yield failed(REFUSED)
 
     def refuse(self, request: Any) -> Iterator[ModelOutputDocument]:
-        """A script that refuses every request."""
+        """Refuse every request."""
         yield failed(REFUSED)
 
     def stream_doc(self, message: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        """Jina's endpoint for a stream; gRPC calls it."""
+        """Answer a request to Jina's endpoint for streams. gRPC calls this."""
         for document in self._reply(message, context):
             reply = SingleDocumentRequest()
             reply.document_cls = type(document)

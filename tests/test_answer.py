@@ -14,7 +14,7 @@ from scripted_service import failed, last, tokens
 
 
 class FakeCall:
-    """What an `Answer` needs of a `Call`: the documents, which may end in an exception."""
+    """A stand-in for a `Call`: it has documents, which may end in an exception."""
 
     def __init__(self, documents: Iterable[Any]) -> None:
         self._documents = documents
@@ -48,7 +48,7 @@ def read_async(answer: Answer) -> list[str]:
 
 
 @pytest.mark.parametrize("read", [list, read_async])
-def test_the_pieces_are_the_text_and_the_documents_the_usage(read: Any) -> None:
+def test_the_pieces_make_up_the_text_and_the_documents_carry_the_usage(read: Any) -> None:
     answer = answer_of(*tokens("Hello", "", " world"), last("stop", dropped_turns=2))
     assert read(answer) == ["Hello", " world"]
     assert answer.text == str(answer) == "Hello world"
@@ -189,7 +189,7 @@ def test_on_start_can_refuse_before_anything_is_sent() -> None:
         ("error", ", failed"),
     ],
 )
-def test_the_summary_tells_the_length_the_speed_and_an_end_before_the_end(finish_reason: str, words: str) -> None:
+def test_the_summary_tells_the_length_the_speed_and_an_early_end(finish_reason: str, words: str) -> None:
     answer = Answer.ended("Hello", finish_reason)
     answer.completion_tokens, answer.time_to_first_token, answer.seconds = 11, 0.5, 2.5
     assert answer.tokens_per_second == 5

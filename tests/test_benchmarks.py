@@ -33,7 +33,7 @@ def measurements(benchmarks: None) -> Any:
 
 
 def every(seconds: float, *, first: float, n: int) -> list[float]:
-    """The arrivals of `n` tokens, the first after `first` seconds, and then one every `seconds`."""
+    """Return the arrivals of `n` tokens: the first after `first` seconds, and then one every `seconds`."""
     return [first + seconds * k for k in range(n)]
 
 
@@ -63,7 +63,7 @@ def test_the_99th_percentile_of_few_values_is_the_largest(measurements: Any) -> 
     assert measurements.p99([float(n) for n in range(200)]) == 198.0
 
 
-def test_the_cost_of_a_token_is_told_by_the_length_of_the_answer(measurements: Any) -> None:
+def test_the_cost_of_a_token_is_reported_by_the_length_of_the_answer(measurements: Any) -> None:
     def growing(n: int) -> Any:
         return measurements.Run([[sum(range(k + 1)) / 1000 for k in range(n)]])  # the k-th token takes k ms
 

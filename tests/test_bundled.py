@@ -1,4 +1,4 @@
-"""`helpers.bundled`: the conversion of the bundled model, which is done once, and the tokenizer of Llama 2's kind."""
+"""`helpers.bundled`: the bundled model is converted once, and the tokenizer is of Llama 2's kind."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def scripted() -> Iterator[ScriptedService]:
 
 
 class Piped:
-    """What became of lines that were piped into a chat: its exit status, and what it printed."""
+    """The result of lines that were piped into a chat: its exit status and its output."""
 
     def __init__(self, status: int, stdout: str, stderr: str) -> None:
         self.status, self.stdout, self.stderr = status, stdout, stderr
@@ -57,7 +57,7 @@ class Typist(io.BytesIO):
 
 @pytest.fixture
 def pipe(scripted: ScriptedService, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Chat with the scripted service: ``pipe(*lines)`` returns what became of them."""
+    """Chat with the scripted service: ``pipe(*lines)`` returns the result."""
 
     def chat(*lines: str | Callable[[], None]) -> Piped:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Typist(lines), encoding="utf-8"))
@@ -146,7 +146,7 @@ def test_help_lists_the_commands(pipe: Pipe) -> None:
 
 def test_system_shows_and_replaces_the_system_prompt(pipe: Pipe, scripted: ScriptedService) -> None:
     chat = pipe("/system", "/system Be kind.", "/system", "Hello")
-    assert chat.notes[:3] == ["Be brief.", "(set, from the next question on)", "Be kind."]
+    assert chat.notes[:3] == ["Be brief.", "(the system prompt is set, from the next question on)", "Be kind."]
     assert scripted.requests[0].messages[0]["content"] == "Be kind."
 
 

@@ -30,7 +30,7 @@ NO_QUESTIONS = "Nothing has been said yet."
 
 
 class Screen:
-    """What a user sees of a box's widgets, and does with them."""
+    """A box's widgets, as a user sees and uses them."""
 
     def __init__(self, box: helpers.ChatBox) -> None:
         self.box = box
@@ -65,7 +65,7 @@ class Screen:
 
     @property
     def buttons(self) -> set[str]:
-        """The labels of the buttons that can be seen, but for "Settings", which always can."""
+        """Return the labels of the visible buttons, except "Settings", which is always visible."""
         rows = [widget for widget in self._all() if "helpers-chat-row" in widget._dom_classes]
         buttons = [button for row in rows if row.layout.display != "none" for button in row.children]
         return {button.description for button in buttons if button.layout.display != "none"} - {"Settings"}
@@ -264,7 +264,7 @@ def test_an_edit_of_a_turn_that_has_gone_is_refused_and_the_text_stays(scripted:
     screen.box.conversation.undo()
     screen.ask("Good night")
     assert questions(screen) == [] and screen.entry == "Good night"
-    assert "not in the conversation any more" in screen.status
+    assert "no longer in the conversation" in screen.status
 
 
 def test_regenerate_replaces_the_latest_answer_and_undo_brings_it_back(scripted: ScriptedService) -> None:

@@ -148,7 +148,7 @@ def test_enter_sends_and_shift_enter_begins_a_line(notebook: NotebookPage, scrip
     assert chat.page.evaluate(CELL_COUNT) == 1, "JupyterLab took a key for itself"
 
 
-def test_letters_in_the_box_are_no_commands_of_the_notebook(notebook: NotebookPage, scripted: ScriptedService) -> None:
+def test_letters_in_the_box_are_not_notebook_commands(notebook: NotebookPage, scripted: ScriptedService) -> None:
     chat = show(notebook, scripted.port)
     chat.ask("Hello")
     chat.root.locator(".helpers-chat-answer").click()

@@ -98,7 +98,7 @@ def test_an_option_that_does_not_exist_is_a_type_error() -> None:
 
 
 def test_the_dialog_is_left_to_the_service() -> None:
-    """One place decides what a dialog is, and it has the tokenizer: `helpers.prompts.check_dialog` in the service."""
+    """Only the service has the tokenizer, so only its `helpers.prompts.check_dialog` judges a dialog."""
     assert build_request([]).messages == []  # type: ignore[union-attr]
     assert build_request([{"role": "robot", "content": "[INST]"}])  # type: ignore[typeddict-item,list-item]
 

@@ -1,4 +1,4 @@
-"""A conversation: what is sent with each question, and which turns stay. Most tests script the service's answers."""
+"""A conversation: the messages of each request, and the turns that stay. Most tests script the service's answers."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_leaving_the_loop_is_a_stop(conversation: Conversation) -> None:
     assert turns(conversation) == [("Hello", "1:0 ", "cancelled"), ("And you?", "2:0 ", "cancelled")]
 
 
-def test_a_stop_ends_an_answer_of_which_nothing_comes(conversation: Conversation, scripted: ScriptedService) -> None:
+def test_a_stop_ends_an_answer_that_sends_nothing(conversation: Conversation, scripted: ScriptedService) -> None:
     scripted.script = scripted.silence
     answer = conversation.stream("Hello")
     reading = read_in_thread(answer)
@@ -220,7 +220,7 @@ def test_an_answer_that_is_stopped_before_it_is_read_asks_nothing(
     assert scripted.requests == []
 
 
-def test_by_choice_a_stopped_answer_is_dropped_with_its_question(scripted: ScriptedService) -> None:
+def test_without_keep_partial_a_stopped_answer_is_dropped_with_its_question(scripted: ScriptedService) -> None:
     conversation = scripted.conversation(max_tokens=400, keep_partial=False)
     stop_after(conversation.stream("Hello"), 2)
     assert turns(conversation) == []
@@ -229,7 +229,7 @@ def test_by_choice_a_stopped_answer_is_dropped_with_its_question(scripted: Scrip
     assert sent(scripted) == [("user", "And you?")]
 
 
-def test_by_choice_a_failed_answer_is_dropped_with_its_question(scripted: ScriptedService) -> None:
+def test_without_keep_partial_a_failed_answer_is_dropped_with_its_question(scripted: ScriptedService) -> None:
     conversation = scripted.conversation(max_tokens=3, keep_partial=False)
     scripted.script = scripted.fail
     with pytest.raises(InvalidRequest):
@@ -317,7 +317,7 @@ def test_an_answer_that_was_overtaken_is_not_read_any_more(
 ) -> None:
     overtaken = conversation.stream("Why?")
     conversation.ask("Who?")
-    with pytest.raises(RuntimeError, match="has changed since this question was put"):
+    with pytest.raises(RuntimeError, match="has changed since this question was asked"):
         list(overtaken)
     assert [turn.question for turn in conversation.turns] == ["Who?"]
     assert len(scripted.requests) == 1
@@ -722,7 +722,7 @@ def test_the_service_counts_the_window_and_drops_the_oldest_turn(tiny_service: A
 
 @pytest.mark.long
 @pytest.mark.parametrize("words", [1, 10])
-def test_a_service_that_is_killed_takes_no_word_along(tiny_folder: Path, words: int) -> None:
+def test_a_killed_service_loses_no_word_of_the_answer(tiny_folder: Path, words: int) -> None:
     with helpers.serve(str(tiny_folder), port=0) as service:
         conversation = service.conversation(max_tokens=450)
         answer = conversation.stream("Why?")

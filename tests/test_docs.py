@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ name exists: tasks, options, commands, functions, files."""
+"""README, CONTRIBUTING and docs/ name only tasks, options, commands, functions and files that exist."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def python_of(page: Path) -> list[str]:
 
 
 def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """The options that a command's help lists."""
+    """Return the options that a command's help lists."""
     with pytest.raises(SystemExit):
         main([command, "--help"])
     return set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out)) - {"--help"}
 
 
 def names_in(module: Path) -> set[str]:
-    """The functions, classes, constants and methods that a file defines: ``name`` and ``Class.name``."""
+    """Return the functions, classes, constants and methods of a file, as ``name`` and ``Class.name``."""
     names: set[str] = set()
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -91,10 +91,10 @@ def test_the_command_line_page_has_every_option_and_every_command_of_the_chat(
     assert not [name for name in [*options, *commands] if f"`{name}" not in page]
 
 
-def test_the_map_of_the_house_names_what_is_there() -> None:
+def test_the_map_of_the_code_names_only_what_exists() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    house = text[text.index("## The map of the house") : text.index("## Write")]
-    rows = "\n".join(line for line in house.splitlines() if line.startswith("|"))
+    section = text[text.index("## Map of the code") : text.index("## Write")]
+    rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
     places = re.findall(r"`([a-z_]+)\.([A-Za-z_]+(?:\.\w+)?)`", rows)
     assert len(places) > 30
     for module, name in places:

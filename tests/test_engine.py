@@ -32,7 +32,7 @@ def params(max_tokens: int, **options: Any) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def engine_model(torch: Any, tiny_folder: Path) -> Any:
-    """The tiny model once more: a model that an engine has had must not be called by others."""
+    """A second copy of the tiny model, because only the engine may call the engine's model."""
     from helpers import models
 
     return models.load(str(tiny_folder), "fp32")
@@ -78,7 +78,7 @@ def reference(torch: Any, tiny: Any) -> Callable[[list[int], int], list[int]]:
 
 
 class Gate:
-    """What the model passes before each step. `passed` holds the ids of each step since the gate was last shut."""
+    """A gate before each step of the model. `passed` holds the ids of each step since the gate was last shut."""
 
     def __init__(self) -> None:
         self.passed: list[list[int]] = []
@@ -191,13 +191,13 @@ def answers_in_company(engine: Any, requests: int) -> Iterator[tuple[list[int], 
 
 
 @pytest.mark.parametrize("requests", [30, pytest.param(200, marks=pytest.mark.long)])
-def test_greedy_answers_are_the_same_alone_and_in_any_company(start: Any, reference: Any, requests: int) -> None:
+def test_greedy_answers_are_the_same_alone_and_beside_any_others(start: Any, reference: Any, requests: int) -> None:
     engine = start(max_queue_size=1000, cache_memory=10_000 * BYTES_PER_TOKEN)
     for prompt, answer in answers_in_company(engine, requests):
         assert answer == reference(prompt, len(answer))
 
 
-def test_sampled_answers_are_the_same_alone_and_in_company(engine: Any, gate: Gate) -> None:
+def test_sampled_answers_are_the_same_alone_and_beside_others(engine: Any, gate: Gate) -> None:
     sampled = params(20, temperature=1.0, seed=3)
     alone = list(engine.submit(PROMPT, sampled))
     with gate.shut():
@@ -407,7 +407,7 @@ def test_a_closed_engine_leaves_no_thread(start: Any) -> None:
 
 
 def test_only_the_failing_request_fails(engine: Any, reference: Any, gate: Gate, fail_if: Any) -> None:
-    """The others are run again, one by one."""
+    """The engine retries the other requests one by one."""
     poison = 31_000
     fail_if(lambda ids: poison in ids)
     prompts = [prompt_of(50, n) for n in range(3)]
@@ -441,7 +441,7 @@ def test_after_a_failure_the_engine_goes_on_and_the_memory_is_free(engine: Any, 
 
 
 def test_a_step_that_fails_in_the_middle_is_repeated_with_more_memory(engine: Any, reference: Any, gate: Gate) -> None:
-    """The first layer has stored its keys and values when the second fails; the prefix cache gives its memory back."""
+    """The first layer has stored its keys and values when the second fails. The prefix cache is then evicted."""
     old = prompt_of(30, 9)
     list(engine.submit(old, params(2)))
     fails = iter([False, False, True])

@@ -143,7 +143,7 @@ def test_without_a_suitable_python_each_objection_is_told(recorder: Recorder, mo
     assert "make PYTHON=/path/to/python3" in message and "scripts/dev.py --python" in message
 
 
-def test_an_asked_for_python_is_never_replaced_by_another(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_python_is_never_replaced_by_another(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "describe", lambda command: None if command == "python3.99" else SUITABLE)
     with pytest.raises(SystemExit, match="python3.99 is not installed, or does not run"):
         recorder.set_up(["model"], python="python3.99")
@@ -255,19 +255,19 @@ def recreated(environment: Recorder) -> bool:
     return not (environment.venv / "mine").exists()
 
 
-def test_an_unfinished_environment_is_created_anew(complete: Recorder) -> None:
+def test_an_unfinished_environment_is_created_again(complete: Recorder) -> None:
     complete.unfinished.touch()
     complete.set_up(["model"])
     assert recreated(complete) and not complete.unfinished.exists()
 
 
-def test_a_moved_environment_is_created_anew(complete: Recorder) -> None:
+def test_a_moved_environment_is_created_again(complete: Recorder) -> None:
     moved = Recorder(complete.root.rename(complete.root.with_name("elsewhere")))
     moved.set_up(["model"])
     assert recreated(moved) and moved.has(["model"])
 
 
-def test_another_python_creates_the_environment_anew(complete: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_python_creates_the_environment_again(complete: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     newer = replace(SUITABLE, version=[3, 13, 0])
     monkeypatch.setattr(environment, "describe", lambda command: newer if command == "python3.13" else SUITABLE)
     complete.set_up(["model"])
@@ -276,7 +276,7 @@ def test_another_python_creates_the_environment_anew(complete: Recorder, monkeyp
     assert recreated(complete)
 
 
-def test_a_lost_python_creates_the_environment_anew(complete: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_python_creates_the_environment_again(complete: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = str(complete.python)
     monkeypatch.setattr(environment, "describe", lambda command: None if command == lost else SUITABLE)
     complete.set_up(["model"])
@@ -366,7 +366,7 @@ def test_an_interrupted_pip_leaves_the_environment_unfinished(
 
     monkeypatch.setattr(environment, "progress_of", ctrl_c)
     real = fake_pip("echo Collecting idna")
-    with pytest.raises(SystemExit, match="interrupted. The next run creates .venv anew."):
+    with pytest.raises(SystemExit, match="interrupted. The next run creates .venv again."):
         real.pip_install("torch")
     assert real.unfinished.exists()
 

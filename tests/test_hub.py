@@ -175,7 +175,7 @@ def test_a_malformed_token_is_not_sent(hub: HubStub, form: str) -> None:
 
 
 def test_what_the_http_client_says_is_not_quoted(hub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It quotes a header that it does not send. `Token.usable` stops such a token before; this is the second door."""
+    """The client quotes a header that it does not send. `Token.usable` would refuse such a token earlier."""
     monkeypatch.setattr(Token, "usable", True)
     access = hub_access(Token("a test", f"{TOKEN}\nx"), "org/granted")
     assert access.finding == "the Hub gave no usable answer about org/granted (LocalProtocolError)"

@@ -227,7 +227,7 @@ def test_importing_the_command_line_is_cheap() -> None:
 
 
 def test_a_service_is_started_before_the_client_is_imported() -> None:
-    """Its own imports take seconds too, so both processes import at the same time."""
+    """The imports of both processes take seconds, so both import at the same time."""
     program = (
         "import sys, helpers.service\n"
         "def start(*arguments, **options):\n"

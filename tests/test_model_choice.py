@@ -188,7 +188,7 @@ def malformed_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def test_a_malformed_token_is_refused_for_every_model_of_the_hub(
     model: str, hub: HubAccess | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers sends it for a cached model too, to ask for a newer version."""
+    """transformers sends the token for a cached model too, to ask for a newer version."""
     cached = model_folder(tmp_path / "model")
     monkeypatch.setattr("helpers.model_files.cached_folder", lambda name: cached if name == "org/cached" else None)
     message = (

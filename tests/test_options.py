@@ -1,4 +1,4 @@
-"""One place decides which values are right, and says the same to every caller."""
+"""One module decides which values are valid, and gives every caller the same message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures: what they show, and that readers who are colour-blind or blind get it too."""
+"""The pictures, which colour-blind and blind users can understand too."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[..., Program]:
-    """Start a small program of the standard library, which no service is behind."""
+    """Start a small program that needs only the standard library and no service."""
     started: list[Program] = []
 
     def start(*command: str) -> Program:

@@ -1,4 +1,4 @@
-"""What a user sees while something runs, and what a notebook stores of it."""
+"""Progress: the display while something runs, and the text that a notebook stores."""
 
 from __future__ import annotations
 

@@ -293,9 +293,9 @@ def test_a_text_that_is_not_unicode_is_refused(llama2_tokenizer: Any, chatml_tok
     ("messages", "says"),
     [
         ([], r"The dialog is empty\. Send at least one user message"),
-        ("hi", r"a list of messages, and this is a str\. Send"),
-        (user("hi"), r"a list of messages, and this is a dict\. Send"),
-        (None, "this is a NoneType"),
+        ("hi", r"a list of messages, not a str\. Send"),
+        (user("hi"), r"a list of messages, not a dict\. Send"),
+        (None, "not a NoneType"),
         (["hi"], "Message 1 is not a dict .* Write it as"),
         ([{"role": "user"}], "Message 1 is not a dict"),
         ([{"content": "hi"}], "Message 1 is not a dict"),

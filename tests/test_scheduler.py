@@ -204,7 +204,7 @@ def test_prompts_that_share_a_prefix_wait_only_for_each_other(scheduler: Schedul
 
 
 def test_the_last_token_of_a_known_prompt_is_read_again(scheduler: Scheduler) -> None:
-    """The step that reads it gives the logits for the first token of the answer."""
+    """The step that reads the last token gives the logits for the first token of the answer."""
     prompt = prompt_of(100, 1)
     run(scheduler, sequence_of(prompt))
     again = sequence_of(prompt)
@@ -227,8 +227,8 @@ def test_a_short_sequence_is_not_kept(scheduler: Scheduler) -> None:
 
 
 @pytest.mark.parametrize("changed", [[], [1, 2, 3]], ids=["continued", "edited"])
-def test_the_turn_before_is_reused_if_there_is_no_room_for_both(changed: list[int]) -> None:
-    """Also after another client's request, and if only a part of it fits."""
+def test_the_previous_turn_is_reused_if_there_is_no_room_for_both(changed: list[int]) -> None:
+    """It is also reused after another client's request, and if only a part of the turn fits."""
     scheduler = Scheduler(max_num_seqs=16, cache_capacity=400)
     first = sequence_of(prompt_of(250, 1), max_tokens=10)
     run(scheduler, first)

@@ -1,4 +1,4 @@
-"""A real service through its real door: what a client gets, what is refused, and what a client's leaving costs."""
+"""A real service over gRPC: the answers, the refusals, and the cost of a client that leaves."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_dialog_longer_than_the_window_loses_its_oldest_turns_and_says_so(tiny
 
 @pytest.mark.xdist_group("port-12345")
 def test_the_articles_own_client_gets_the_whole_answer(script: Any, tiny: Any, tiny_folder: Path) -> None:
-    """Its two classes and its client code as printed, on its port."""
+    """The test uses the article's two classes, client code and port, as printed."""
     from test_prompts import ARTICLE_PROMPT
 
     with helpers.serve(str(tiny_folder)) as service:
@@ -388,7 +388,7 @@ def test_200_clients_get_their_own_complete_answer_or_are_told_that_the_queue_is
 
 
 def test_clients_that_do_not_read_hold_up_no_other_and_lose_nothing(tiny_service: Any) -> None:
-    """More clients than can run at once: each answer is generated to its end, and waits on its way."""
+    """There are more clients than can run at once. Each answer is generated to its end, and waits for its client."""
     whole = tiny_service.ask(prompt=SLOW, max_tokens=450).text
     answers = [tiny_service.stream(prompt=SLOW, max_tokens=450) for _ in range(40)]
     unread = [(next(pieces), pieces) for pieces in map(iter, answers)]

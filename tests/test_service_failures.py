@@ -117,7 +117,7 @@ def test_a_service_stopped_in_the_middle_says_so(tiny_folder: Path) -> None:
 
 
 def test_a_model_killed_while_it_loads_is_reported(script: Any, bundled: Any) -> None:
-    """As when memory runs out. Jina itself would wait for it for ever."""
+    """This happens when memory runs out. Jina itself would wait forever."""
     starting = script("-m", "helpers", "serve", "--model", "smollm2", "--port", "0")
     starting.wait_for("Loading weights")
     (executor,) = psutil.Process(starting.process.pid).children()

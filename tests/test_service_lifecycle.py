@@ -1,4 +1,4 @@
-"""A service starts, says why it cannot, stops, and ends with its parent: nothing is left behind."""
+"""A service starts, reports why it cannot start, stops, and ends with its parent, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_ctrl_c_stops_the_foreground_service_that_has_no_stdin(script: Any, tiny
 # --- A killed parent --------------------------------------------------------------------------------
 
 
-def test_a_killed_parent_takes_its_service_along(script: Any, tiny_folder: Path) -> None:
+def test_a_service_ends_when_its_parent_is_killed(script: Any, tiny_folder: Path) -> None:
     parent = script(str(TESTS / "serving_parent.py"), "serve", str(tiny_folder), "0")
     _, port, log = parent.wait_for("PORT").split()
     _, *family = parent.family()
@@ -196,7 +196,7 @@ def test_a_killed_parent_takes_its_service_along(script: Any, tiny_folder: Path)
     assert not Path(log).parent.exists()
 
 
-def test_a_parent_killed_while_its_service_starts_takes_it_along(script: Any, tiny_folder: Path) -> None:
+def test_a_starting_service_ends_when_its_parent_is_killed(script: Any, tiny_folder: Path) -> None:
     port = port_to_listen_on("127.0.0.1", 0)
     parent = script(str(TESTS / "serving_parent.py"), "serve", str(tiny_folder), str(port))
     until(lambda: len(parent.family()) > 1, "the service starts")
@@ -206,7 +206,7 @@ def test_a_parent_killed_while_its_service_starts_takes_it_along(script: Any, ti
     assert is_free(port)
 
 
-def test_a_killed_parent_takes_its_script_along(script: Any) -> None:
+def test_a_script_ends_when_its_parent_is_killed(script: Any) -> None:
     port = port_to_listen_on("127.0.0.1", 0)
     parent = script(str(TESTS / "serving_parent.py"), "serve_script", str(TESTS / "counting_service.py"), str(port))
     log = parent.wait_for("PORT").split()[2]

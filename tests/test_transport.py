@@ -70,7 +70,7 @@ def test_a_cancelled_call_sends_nothing(scripted: ScriptedService) -> None:
     assert scripted.requests == []
 
 
-def test_cancelling_ends_a_call_of_which_nothing_comes(scripted: ScriptedService) -> None:
+def test_cancelling_ends_a_call_without_a_reply(scripted: ScriptedService) -> None:
     scripted.script = scripted.silence
     call = call_to(scripted)
     failures = []
@@ -155,7 +155,7 @@ def test_a_client_needs_no_torch() -> None:
 
 
 def test_importing_the_client_leaves_the_program_as_it_was() -> None:
-    """Jina's import changes what belongs to the program: Ctrl-C, how warnings look, how processes start."""
+    """Jina's import changes the program's Ctrl-C handler, its warnings, and the start method of processes."""
     done = run(
         "import multiprocessing, signal, warnings\n"
         "handler = lambda *_: None\n"

@@ -1,6 +1,6 @@
 """The HTML of a chat: a turn, the style and script of a box, and the copy that the notebook stores.
 
-What a model says is untrusted text. Its Markdown is rendered, but HTML, links and images in it stay text, so nothing
+The text of a model is untrusted. Its Markdown is rendered, but HTML, links and images in it stay text, so nothing
 in an answer can run, load or be followed.
 """
 
@@ -46,7 +46,7 @@ def copy_button(turn: Turn) -> str:
 
 
 def error_html(error: str) -> str:
-    """Return the error of a question that is in no turn."""
+    """Return an error as HTML, for a question that has no turn."""
     return f'<div class="helpers-chat-error">{html.escape(error)}</div>'
 
 
@@ -99,7 +99,7 @@ def _markdown() -> MarkdownIt:
 def _highlight(code: str, language: str, _: str) -> str:
     """Return `code` as HTML in colours, or "" to show it as it is.
 
-    Some lexers of Pygments take minutes for a text made for that, which would block the kernel.
+    Some lexers of Pygments take minutes for a malicious text, which would block the kernel.
     """
     if language not in _LANGUAGES or len(code) > 2_000:
         return ""

@@ -17,7 +17,7 @@ class TurnList:
     def __init__(self) -> None:
         self.box = widgets.VBox()
         self.box.add_class("helpers-chat-log")
-        self._complete: dict[widgets.HTML, Turn] = {}  # is not rendered again
+        self._complete: dict[widgets.HTML, Turn] = {}  # these are not rendered again
 
     def draw(self, turns: Sequence[Turn], running: Answer | None) -> None:
         """Show `turns`. An answer can be copied when it is complete, so not while it is the `running` one."""

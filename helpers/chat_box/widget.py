@@ -1,10 +1,10 @@
-"""The widgets of a chat box, and what happens when a user types, clicks, or an answer comes.
+"""The widgets of a chat box, and how they react to a user and to an answer.
 
-Made of the widgets of ipywidgets 7.7 and 8, so that it works alike on Colab and in JupyterLab 4, without a network.
-What they cannot do (keys, clipboard, scrolling) `chat_box.js` adds. Without that script the buttons still work.
+The box uses only widgets of ipywidgets 7.7 and 8, so it works alike on Colab and in JupyterLab 4, without a network.
+`chat_box.js` adds keys, the clipboard and scrolling. Without that script, the buttons still work.
 
-The style's ``onload`` starts the script. `anywidget` would too, but Colab then loads it and another widget manager
-from a CDN, and a JupyterLab that runs in another environment than the kernel shows an error instead.
+The style's ``onload`` starts the script. `anywidget` would start it too, but Colab then loads `anywidget` and another
+widget manager from a CDN, and JupyterLab shows an error if it runs in a different environment from the kernel.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class _Attempt(NamedTuple):
 class ChatBox:
     """A chat with a service. A cell that ends in a chat box shows it.
 
-    - `conversation`: holds what is said in the box. The box shows its earlier turns too.
-    - `examples`: questions that one click asks, as long as there are no turns.
+    - `conversation`: holds the turns of the box. The box shows its earlier turns too.
+    - `examples`: questions that a click asks, as long as there are no turns.
     - ``widget``: the box as an ipywidgets widget, for a layout of your own.
 
     Enter sends, Shift+Enter begins a new line, Esc stops the answer. The kernel stays free for other cells while an
     answer comes. The notebook stores the conversation as text, and shows that if there is no kernel.
 
-    Show the box again to see what other cells have changed in the conversation, and after a reload of the page, so
-    that the notebook stores what follows.
+    To see changes that other cells made in the conversation, show the box again. Do the same after a reload of the
+    page, so that the notebook stores the new turns.
     """
 
     def __init__(self, conversation: Conversation, *, examples: Sequence[str] = ()) -> None:
@@ -57,13 +57,13 @@ class ChatBox:
         self._id = uuid.uuid4().hex
         self._is_shown = False
         self._running: Answer | None = None  # the answer that this box reads
-        self._thread = threading.Thread()  # reads it
+        self._thread = threading.Thread()  # reads that answer
         self._drawing = threading.Lock()
         self._error = ""
-        self._retry: _Attempt | None = None  # what has failed; None: to regenerate the latest answer
+        self._retry: _Attempt | None = None  # the attempt that failed; None: regenerate the latest answer
         self._unanswered: _Attempt | None = None  # a question that ended without a turn
         self._edit: Callable[[str], Answer] | None = None  # asks the question that is being edited
-        self._draft = ""  # what the user had typed before
+        self._draft = ""  # the text in the entry before the edit
         self._make_widgets(examples)
 
     def __repr__(self) -> str:
@@ -141,7 +141,7 @@ class ChatBox:
         return button
 
     def _do(self, action: Callable[[], None]) -> None:
-        """Do what the user asked for, and show an error in the box."""
+        """Perform a user's action, and show its error in the box."""
         try:
             action()
         except Exception as error:
@@ -168,7 +168,7 @@ class ChatBox:
         self._draw()
 
     def _read(self, answer: Answer, attempt: _Attempt | None) -> None:
-        """Read the answer, and show what has come."""
+        """Read the answer, and show its text as it comes."""
         error, drawn, took = "", 0.0, 0.0
         try:
             for _ in answer:
@@ -185,17 +185,17 @@ class ChatBox:
         self._draw_to_the_end()
 
     def _running_answer(self) -> Answer | None:
-        """Return the answer that this box reads, or one that another box or a cell reads, or None."""
+        """Return the answer that this box, another box or a cell reads, or None."""
         latest = self.conversation.answer
         return self._running or (latest if latest and latest.finish_reason is None else None)
 
     def _follow(self) -> None:
-        """Show an answer that another box or a cell reads, if there is one."""
+        """Show an answer that another box or a cell reads, if any."""
         if self._running_answer() and not self._thread.is_alive():
             self._run_in_thread(self._draw_to_the_end)
 
     def _run_in_thread(self, work: Callable[..., None], *arguments: Any) -> None:
-        # in the caller's context, from which a kernel knows the cell that a message belongs to
+        # in the caller's context, which tells a kernel the cell that a message belongs to
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(work, *arguments), daemon=True)
         self._thread.start()
@@ -206,7 +206,7 @@ class ChatBox:
     def _clear_error(self) -> None:
         self._error, self._retry, self._unanswered = "", None, None
 
-    # --- What the user does ---
+    # --- User actions ---
 
     def _on_text(self, change: dict[str, Any]) -> None:
         if change["new"].endswith(_SEND):
@@ -228,7 +228,7 @@ class ChatBox:
         self._start(self._retry if self._error or self._unanswered else None)
 
     def _begin_editing(self) -> None:
-        """Put the question without an answer, or else the latest one, into the entry."""
+        """Put the unanswered question, or else the latest one, into the entry."""
         if self._unanswered:
             question, self._edit = self._unanswered
         else:
@@ -240,7 +240,7 @@ class ChatBox:
         for number, turn in enumerate(self.conversation.turns):
             if turn is edited:
                 return self.conversation.edit(number, question)
-        raise InvalidRequest("The question that you edit is not in the conversation any more. Cancel, and ask it anew.")
+        raise InvalidRequest("The question that you edit is no longer in the conversation. Cancel, and ask it again.")
 
     def _end_editing(self) -> None:
         if self._edit:
@@ -286,7 +286,7 @@ class ChatBox:
             self._status.value = self._status_html()  # last, because "complete" invites the next question
 
     def _status_html(self) -> str:
-        """Return what happens now, for sighted users and for screen readers."""
+        """Return the state of the box as text, for sighted users and for screen readers."""
         if running := self._running_answer():
             return "Answering …" if running.text else "Waiting for the first word …"
         error = page.error_html(self._error) if self._error else ""
@@ -301,6 +301,6 @@ class ChatBox:
 
 
 def _named(name: str, widget: Any) -> Any:
-    """Return the widget with the class ``helpers-chat-NAME``, for the style and the script."""
+    """Add the class ``helpers-chat-NAME`` to the widget, for the style and the script, and return it."""
     widget.add_class(f"helpers-chat-{name}")
     return widget
