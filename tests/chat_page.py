@@ -17,6 +17,8 @@ ON_SCREEN = """root => [...root.querySelectorAll(".helpers-chat-turn")].map(turn
 HAS_WORDS = """([root, turn, count]) =>
     root.querySelectorAll(".helpers-chat-answer")[turn]?.innerText.split(/\\s+/).length > count"""
 
+KERNEL_ENTRY = "[w.value for w in {}.widget.children if 'helpers-chat-entry' in w._dom_classes]"
+
 ANSWER_ENDED = re.compile("^Answer |ServiceUnavailable")
 
 
@@ -44,6 +46,12 @@ class ChatPage:
         self.page.wait_for_function(
             "([entry, question]) => !entry.value.includes(question)", arg=[self.entry.element_handle(), question]
         )
+
+    def draft(self, text: str) -> None:
+        """Type, leave the entry, and wait until the kernel has the text."""
+        self.entry.fill(text)
+        self.entry.press("Tab")
+        until(lambda: self.python(KERNEL_ENTRY.format(self.name)) == [text], "the draft in the kernel")
 
     def ask(self, question: str) -> None:
         """Send, and wait for the end of the answer."""

@@ -148,6 +148,17 @@ def test_enter_sends_and_shift_enter_begins_a_line(notebook: NotebookPage, scrip
     assert chat.page.evaluate(CELL_COUNT) == 1, "JupyterLab took a key for itself"
 
 
+def test_the_send_button_sends_what_was_typed_last(notebook: NotebookPage, scripted: ScriptedService) -> None:
+    chat = show(notebook, scripted.port)
+    chat.entry.fill("Hel")
+    chat.entry.press("Tab")
+    chat.entry.fill("Hello")
+    chat.click("Send")
+    chat.wait_for_status("Answer cut off at max_tokens.")
+    chat.wait_for_turns(("Hello", "1:0 1:1 1:2"))
+    chat.wait_for_entry("")
+
+
 def test_letters_in_the_box_are_not_notebook_commands(notebook: NotebookPage, scripted: ScriptedService) -> None:
     chat = show(notebook, scripted.port)
     chat.ask("Hello")
@@ -187,7 +198,7 @@ def test_regenerate_replaces_the_latest_answer(notebook: NotebookPage, scripted:
 def test_a_question_can_be_edited_and_the_draft_returns(notebook: NotebookPage, scripted: ScriptedService) -> None:
     chat = show(notebook, scripted.port)
     chat.ask("Hello")
-    chat.entry.fill("a draft")
+    chat.draft("a draft")
     chat.begin_editing()
     chat.wait_for_entry("Hello")
     assert chat.has_focus()
@@ -199,7 +210,7 @@ def test_a_question_can_be_edited_and_the_draft_returns(notebook: NotebookPage, 
 def test_escape_cancels_an_edit(notebook: NotebookPage, scripted: ScriptedService) -> None:
     chat = show(notebook, scripted.port)
     chat.ask("Hello")
-    chat.entry.fill("a draft")
+    chat.draft("a draft")
     chat.begin_editing()
     chat.entry.press("Escape")
     chat.button("Cancel").wait_for(state="hidden")

@@ -61,6 +61,15 @@
         }
     };
 
+    // Sends the text as Enter does. The kernel could get a click before the text: ipywidgets holds a change back until
+    // the kernel has handled the one before.
+    root.addEventListener("click", event => {
+        if (!event.target.closest(".helpers-chat-send")) return;
+        event.stopPropagation();
+        send(find("entry textarea"), root);
+        focusEntry();
+    }, true);
+
     root.addEventListener("click", async event => {
         const button = event.target.closest("button");
         if (!button) return;

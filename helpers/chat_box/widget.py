@@ -104,7 +104,7 @@ class ChatBox:
         self._entry = _named("entry", widgets.Textarea(description="Message", continuous_update=False))
         self._entry.placeholder = "Enter sends, Shift+Enter begins a new line, Esc stops the answer"
         self._entry.observe(self._on_text, "value")
-        self._send_button = _named("asks", self._button("Send", self._send_text, style="primary"))
+        self._send_button = _named("send", self._button("Send", self._send_text, style="primary"))
         self._stop_button = _named("stop", self._button("Stop", self.stop, style="warning"))
         self._cancel_button = _named("cancel", self._button("Cancel", self._cancel_editing))
         self._repeat_button = _named("asks", self._button("Regenerate", self._repeat))
