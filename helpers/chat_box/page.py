@@ -7,7 +7,7 @@ in an answer can run, load or be followed.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -56,10 +56,10 @@ def head(box_id: str) -> str:
     return f'<style onload="{script}">{_css()} .{_copy_class(box_id)} {{ display: none; }}</style>'
 
 
-def stored_copy(box_id: str, turns: Sequence[Turn]) -> dict[str, str]:
+def stored_copy(box_id: str, turns: Sequence[Turn], html_of: Callable[[Turn], str] = turn_html) -> dict[str, str]:
     """Return the turns as text and as HTML, by MIME type. A notebook shows them if there is no kernel."""
     texts = [f"You: {turn.question}\n\nModel: {turn.answer.text}\n{turn.answer.summary}" for turn in turns]
-    pages = "".join(map(turn_html, turns)) or EMPTY
+    pages = "".join(map(html_of, turns)) or EMPTY
     # the last two keep JupyterLab from showing text between dollars as a formula, which may hold a link
     names = f"helpers-chat-stored {_copy_class(box_id)} mathjax_ignore tex2jax_ignore"
     # hides the message that the box cannot be shown, which follows the copy

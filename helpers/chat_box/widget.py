@@ -73,7 +73,7 @@ class ChatBox:
         self._is_shown = True
         self._settings.draw()
         self._draw()
-        display(page.stored_copy(self._id, self.conversation.turns), raw=True, display_id=self._id)
+        display(self._stored_copy(), raw=True, display_id=self._id)
         view = {"model_id": self.widget.model_id, "version_major": 2, "version_minor": 0}
         text = "(Run this cell to continue the chat.)"
         display({"text/plain": text, "application/vnd.jupyter.widget-view+json": view}, raw=True)
@@ -263,7 +263,7 @@ class ChatBox:
             time.sleep(_DRAW_INTERVAL)
         self._draw()
         if self._is_shown:
-            display(page.stored_copy(self._id, self.conversation.turns), raw=True, display_id=self._id, update=True)
+            display(self._stored_copy(), raw=True, display_id=self._id, update=True)
 
     def _draw(self) -> None:
         """Update all widgets but the entry and the settings, which the user may be changing."""
@@ -284,6 +284,9 @@ class ChatBox:
             ):
                 widget.layout.display = None if is_visible else "none"
             self._status.value = self._status_html()  # last, because "complete" invites the next question
+
+    def _stored_copy(self) -> dict[str, str]:
+        return page.stored_copy(self._id, self.conversation.turns, self._turns.html_of)
 
     def _status_html(self) -> str:
         """Return the state of the box as text, for sighted users and for screen readers."""
