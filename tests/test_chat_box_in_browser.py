@@ -21,6 +21,11 @@ from scripted_service import ScriptedService
 
 LONG = "Tell me a long story about a lighthouse."
 
+SLOW_ENTRY = """
+import time
+(entry,) = (w for w in box.widget.children if "helpers-chat-entry" in w._dom_classes)
+entry.observe(lambda _: time.sleep(1), "value")"""
+
 CELL_COUNT = "() => jupyterapp.shell.currentWidget.content.widgets.length"
 
 RUN_WITHOUT_WAITING = """code => {
@@ -157,6 +162,32 @@ def test_the_send_button_sends_what_was_typed_last(notebook: NotebookPage, scrip
     chat.wait_for_status("Answer cut off at max_tokens.")
     chat.wait_for_turns(("Hello", "1:0 1:1 1:2"))
     chat.wait_for_entry("")
+
+
+def test_edit_and_cancel_keep_what_was_typed_last_in_a_busy_kernel(
+    notebook: NotebookPage, scripted: ScriptedService
+) -> None:
+    chat = show(notebook, scripted.port)
+    chat.ask("Hello")
+    chat.notebook.execute(SLOW_ENTRY)
+
+    type_in_two_steps(chat, "a draft")
+    chat.click("Edit question")
+    chat.wait_for_entry("Hello")
+    chat.python("None")
+    chat.wait_for_entry("Hello")
+
+    type_in_two_steps(chat, "another question")
+    chat.click("Cancel")
+    chat.wait_for_entry("a draft")
+    chat.python("None")
+    chat.wait_for_entry("a draft")
+
+
+def type_in_two_steps(chat: ChatPage, text: str) -> None:
+    for part in (text[:3], text):
+        chat.entry.fill(part)
+        chat.entry.press("Tab")
 
 
 def test_letters_in_the_box_are_not_notebook_commands(notebook: NotebookPage, scripted: ScriptedService) -> None:

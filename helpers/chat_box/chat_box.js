@@ -6,19 +6,24 @@
     const find = (name, box = root) => box.querySelector(".helpers-chat-" + name);
     const focusEntry = () => find("entry textarea").focus({preventScroll: true});
     const isVisible = element => element && element.offsetParent !== null;
-    const SEND = "\u001e"; // at the end of a text: send it. One message, so that no other can come in between
+    // At the end of a text: what to do with it. The kernel could get a click before the text, because ipywidgets holds a
+    // change back until the kernel has handled the one before.
+    const ACTIONS = {send: "\u001e", edit: "\u001d", cancel: "\u001c"};
+    const isTaken = text => !Object.values(ACTIONS).includes(text.slice(-1));
     const PATIENCE = 5000; // milliseconds
     let end = 0; // the log's scrollTop at its end, when it was drawn last
     let isAsking = false, focused = null;
 
-    const send = (text, box) => {
-        if (isVisible(find("stop", box)) || !text.value.trim() || text.readOnly) return;
-        text.value += SEND;
-        text.readOnly = true; // until the kernel has taken the text, because it clears the field then
+    const act = (action, box) => {
+        const text = find("entry textarea", box);
+        if (text.readOnly) return;
+        if (action === "send" && (isVisible(find("stop", box)) || !text.value.trim())) return;
+        text.value += ACTIONS[action];
+        text.readOnly = true; // until the kernel has taken the text, because it changes the field then
         text.dispatchEvent(new Event("change", {bubbles: true}));
         const sent = text.value;
         const release = () => {
-            if (!text.value.endsWith(SEND)) text.readOnly = false;
+            if (isTaken(text.value)) text.readOnly = false;
             else if (text.isConnected) setTimeout(release, 20);
         };
         release();
@@ -43,7 +48,7 @@
         } else if (event.key === "Enter" && event.target === text) {
             if (event.shiftKey) return;
             event.preventDefault();
-            send(text, box);
+            act("send", box);
         }
     };
     if (!window.helpersChat) window.addEventListener("keydown", onKey, true);
@@ -61,12 +66,11 @@
         }
     };
 
-    // Sends the text as Enter does. The kernel could get a click before the text: ipywidgets holds a change back until
-    // the kernel has handled the one before.
     root.addEventListener("click", event => {
-        if (!event.target.closest(".helpers-chat-send")) return;
+        const action = Object.keys(ACTIONS).find(name => event.target.closest(".helpers-chat-" + name));
+        if (!action) return;
         event.stopPropagation();
-        send(find("entry textarea"), root);
+        act(action, root);
         focusEntry();
     }, true);
 
@@ -88,7 +92,7 @@
     // A button that is hidden loses the focus to the page. `settle` then gives it to the field.
     root.addEventListener("focusin", ({target}) => focused = target);
 
-    root.addEventListener("change", () => isAsking ||= find("entry textarea").readOnly);
+    root.addEventListener("change", () => isAsking ||= find("entry textarea").value.endsWith(ACTIONS.send));
 
     // The log follows an answer only if it was scrolled to its end, or if the user has just asked.
     const scroll = log => {

@@ -27,7 +27,9 @@ from . import page
 from .settings import Settings
 from .turn_list import TurnList
 
-_SEND = "\x1e"  # the script appends it to a text to send it
+# What the script appends to a text: the action to take with it. One message carries both, because ipywidgets holds a
+# text back while the kernel is busy, and a click would overtake it.
+_SEND, _EDIT, _CANCEL = "\x1e", "\x1d", "\x1c"
 _DRAW_INTERVAL = 0.05  # seconds
 
 
@@ -108,7 +110,7 @@ class ChatBox:
         self._stop_button = _named("stop", self._button("Stop", self.stop, style="warning"))
         self._cancel_button = _named("cancel", self._button("Cancel", self._cancel_editing))
         self._repeat_button = _named("asks", self._button("Regenerate", self._repeat))
-        self._edit_button = self._button("Edit question", self._begin_editing)
+        self._edit_button = _named("edit", self._button("Edit question", self._begin_editing))
         self._undo_button = self._button("Undo", self._undo)
         asking = [_named("asks", self._button(text, partial(self.send, text))) for text in examples]
         self._examples = _named("row", widgets.HBox(asking))
@@ -209,9 +211,13 @@ class ChatBox:
     # --- User actions ---
 
     def _on_text(self, change: dict[str, Any]) -> None:
-        if change["new"].endswith(_SEND):
-            self._entry.value = change["new"].rstrip(_SEND)
-            self._do(self._send_text)
+        text, actions = (
+            change["new"],
+            {_SEND: self._send_text, _EDIT: self._begin_editing, _CANCEL: self._cancel_editing},
+        )
+        if action := actions.get(text[-1:]):
+            self._entry.value = text[:-1]
+            self._do(action)
 
     def _send_text(self) -> None:
         question = self._entry.value.strip()
