@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from .errors import HelpersError, InvalidRequest, to_wire
 from .memory import PRECISIONS, check_precision
 from .options import HOST, PORT, EngineArgs, SamplingParams, check_port
 from .prompts import QUESTION, SYSTEM_PROMPT
+from .terminal import check_argument, drop_unwritten, has_piped_input, is_notebook, open_streams, read_input, write
 
 _EXIT_INTERRUPTED = 130
 
@@ -28,21 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raise `SystemExit` (status 2) for a wrong option.
     """
-    options = _parse(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the model may write what the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
+    open_streams()
     try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
         status: int = options.command(options)
         return status
     except HelpersError as error:
-        print(to_wire(error), file=sys.stderr)
+        write(to_wire(error), sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        write("", sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # `ask ... | head`
-        sys.stderr.close()  # or Python reports at its end that it cannot flush stdout
         return 1
+    finally:
+        drop_unwritten()
 
 
 def check(options: argparse.Namespace) -> int:
@@ -50,20 +51,19 @@ def check(options: argparse.Namespace) -> int:
     from . import checks
 
     results = checks.check()
-    print(checks.format_table(results))
+    write(checks.format_table(results), sys.stdout)
     return 0 if results[-1].ok else 1
 
 
 def ask(options: argparse.Namespace) -> int:
-    """Stream the answer to one question."""
-    if options.question == QUESTION:
-        print(f"The article's question: {QUESTION}", file=sys.stderr)
+    """Stream the answer to one question: the argument, else the piped text, else the article's question."""
+    question = _question(options.question)
     with _service(options) as port:
         from .chat import show
         from .client import stream
 
         answer = stream(
-            options.question,
+            question,
             system=options.system,
             max_tokens=options.max_tokens,
             temperature=options.temperature,
@@ -104,6 +104,20 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _question(argument: str | None) -> str:
+    """Return the question to ask. Raise `InvalidRequest` if it is blank or not text."""
+    if argument is None and not has_piped_input():
+        write(f"The article's question: {QUESTION}", sys.stderr)
+        return QUESTION
+    if argument is None:
+        write("Reading the question from stdin.", sys.stderr)
+    question = read_input() if argument in (None, "-") else argument
+    check_argument(question, "The question")
+    if not question.strip():
+        raise InvalidRequest("The question is empty. Write it after ask, or pipe it into ask.")
+    return question
+
+
 def _service(options: argparse.Namespace) -> contextlib.AbstractContextManager[int]:
     """Return a context with the port of the running service, or of a service that is started for this command."""
     if options.port is None:
@@ -124,14 +138,27 @@ def _new_service(options: argparse.Namespace) -> Iterator[int]:
         yield service.port
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    options = _parser().parse_args(arguments)
-    if options.command is serve:
-        try:
-            options.engine_args = EngineArgs.from_namespace(options)
-        except InvalidRequest as error:
-            options.error(str(error))
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options. Raise `SystemExit` for a wrong option and after ``--help``."""
+    try:
+        options, others = _parser().parse_known_args(arguments)
+        if others:
+            fix = "Put the question in quotes. " if options.command is ask else ""
+            options.error(f"unrecognized arguments: {' '.join(others)}. {fix}--help lists the options.")
+        if options.command is serve:
+            try:
+                options.engine_args = EngineArgs.from_namespace(options)
+            except InvalidRequest as error:
+                options.error(str(error))
+    except SystemExit as ended:
+        write("", sys.stdout, end="")  # raises if --help cannot be written
+        if ended.code and any(word.startswith("-") and not _OPTION.fullmatch(word) for word in arguments):
+            write("If a text begins with a dash, write it after --, or as --option=text.", sys.stderr)
+        raise
     return options
+
+
+_OPTION = re.compile(r"-h?|--[a-z-]*(=\S*)?")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,7 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--precision", default="auto", help=f"one of auto (the best that fits), {', '.join(PRECISIONS)}")
 
     request = argparse.ArgumentParser(add_help=False, parents=[model])
-    request.add_argument("--system", default=SYSTEM_PROMPT, help="the system prompt (default: the article's)")
+    request.add_argument(
+        "--system",
+        type=_checked(str, lambda value: check_argument(value, "The system prompt")),
+        default=SYSTEM_PROMPT,
+        help='the system prompt; "" sends none (default: the article\'s)',
+    )
     request.add_argument(
         "--max-tokens",
         type=_checked(int, lambda value: SamplingParams(max_tokens=value)),
@@ -167,7 +199,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add(check, parents=[], help="print which model can run here, and why")
     one = add(ask, parents=[request], help="stream the answer to one question")
-    one.add_argument("question", nargs="?", default=QUESTION, help="default: the article's question")
+    one.add_argument(
+        "question", nargs="?", help="- reads it from stdin (default: the piped text, or the article's question)"
+    )
     add(chat, parents=[request], help="chat in the terminal")
 
     service = add(serve, parents=[model], help="run a service")
@@ -195,4 +229,8 @@ def _checked(convert: Callable[[str], Any], check: Callable[[Any], object]) -> C
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if is_notebook():  # `%run -m helpers`: a kernel shows SystemExit as a traceback
+        with contextlib.suppress(SystemExit):
+            main()
+    else:
+        sys.exit(main())

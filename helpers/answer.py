@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing, closing, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ServiceUnavailable, from_wire, to_wire
 
@@ -43,7 +43,7 @@ class Answer:
     - ``time_to_first_token``, ``seconds``: the seconds from the request to the first and to the latest token.
 
     `on_start` is called when the iteration begins, and may raise to prevent it. `on_end` is called when
-    ``finish_reason`` is final. Both get the answer.
+    ``finish_reason`` is final. Both get the answer. An answer that has ended can be copied and pickled, without them.
     """
 
     def __init__(
@@ -78,6 +78,16 @@ class Answer:
 
     def __repr__(self) -> str:
         return f"<Answer, {self.finish_reason or 'not complete'}: {self.text!r}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            if self.finish_reason is None:
+                raise TypeError("An answer that has not ended cannot be copied. Read it to the end, or stop it first.")
+            return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Answer.__init__(self, None)
+        vars(self).update(state)
 
     @property
     def tokens_per_second(self) -> float | None:

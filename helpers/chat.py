@@ -6,8 +6,9 @@ Answers go to stdout and everything else to stderr, so that a pipe receives only
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .answer import Answer
 from .client import build_request, info
 from .conversation import Conversation
 from .errors import HelpersError, InvalidRequest, to_wire
+from .terminal import accept_any_bytes, check_input, check_typed, is_notebook, stdout_in_terminal, write
 
 
 def converse(conversation: Conversation) -> int:
@@ -27,8 +29,7 @@ def converse(conversation: Conversation) -> int:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         _set_up_readline()
-    if isinstance(sys.stdin, io.TextIOWrapper):  # input that is not text then fails as a question, not while it is read
-        sys.stdin.reconfigure(errors="surrogateescape")
+    accept_any_bytes(sys.stdin)
     status, hint = 0, "(Ctrl-D or /exit ends the chat)"
     host, port = conversation.address
     model = info(host=host, port=port).model
@@ -53,16 +54,16 @@ def show(answer: Answer) -> None:
     try:
         with contextlib.closing(iter(answer)) as pieces:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                write(piece, sys.stdout, end="")
     finally:
         if answer.text or answer.finish_reason != "error":
-            print(flush=True)
+            write("", sys.stdout)
     if answer.summary:
         _note(f"({answer.summary})")
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    write(text, sys.stderr)
 
 
 def _set_up_readline() -> None:
@@ -84,35 +85,51 @@ def _read_question() -> str:
         text = text[:-1] + "\n"
         with contextlib.suppress(EOFError):
             text += _read_line("  ")
-    return text.strip()
+    return text.removeprefix("\ufeff").rstrip()
 
 
 def _read_line(prompt: str) -> str:
+    if is_notebook():
+        return _read_line_in_notebook(prompt)
     if not sys.stdin.isatty():
         return input()
-    if not sys.stdout.isatty():  # `chat | tee answers.txt`
-        print(prompt, end="", file=sys.stderr, flush=True)
-        prompt = ""
+    with stdout_in_terminal():  # `chat | tee answers.txt`
+        can_edit = sys.stdout.isatty() and sys.modules.get("readline") is not None
+        if not sys.stdout.isatty():
+            write(prompt, sys.stderr, end="")
+            prompt = ""
+        try:
+            line = input(prompt)
+        except EOFError:
+            _note("")
+            raise
+    if not can_edit:
+        check_typed(line)
+    return line
+
+
+def _read_line_in_notebook(prompt: str) -> str:
     try:
         return input(prompt)
-    except EOFError:
-        _note("")
-        raise
+    except RuntimeError:  # ipykernel's StdinNotImplementedError
+        _note("This notebook cannot read input. Show a helpers.ChatBox instead.")
+        raise EOFError from None
 
 
 def _turn(conversation: Conversation, line: str) -> Conversation:
     """Answer a question or run a command, and return the conversation to continue with."""
-    if not line.startswith("/"):
-        if line:
-            _show_turn(conversation.stream(line))
+    if not _COMMAND.match(line):
+        if question := line.strip():
+            check_input(question)
+            _show_turn(conversation.stream(question))
         return conversation
     name, argument = [*line.split(maxsplit=1), ""][:2]
     command = _COMMANDS.get(_ALIASES.get(name, name))
     if command is None:
-        raise InvalidRequest(f"There is no command {name}. Type /help for a list.")
+        raise InvalidRequest(f"There is no command {name}. Type /help for a list, or begin a question with a space.")
     if argument and not command.argument:
         raise InvalidRequest(f"{name} takes no argument. Leave {argument!r} out.")
-    if command.argument == _FILE and not argument:
+    if command.argument == _FILE and not argument.strip("\"'"):
         raise InvalidRequest(f"{name} needs a file. Type {name} {_FILE}.")
     return command.run(conversation, argument) or conversation
 
@@ -131,11 +148,15 @@ def _show_turn(answer: Answer) -> None:
 def _help(conversation: Conversation, _: str) -> None:
     for name, command in _COMMANDS.items():
         _note(f"  {name + ' ' + command.argument:15} {command.help}")
-    _note("A line that ends in a backslash continues in the next line.")
+    _note("A line that ends in a backslash continues in the next line. A line that begins with a space is a question.")
 
 
 def _system(conversation: Conversation, text: str) -> None:
-    if text:
+    if text == _NONE:
+        conversation.system = None
+        _note("(the system prompt is removed, from the next question on)")
+    elif text:
+        check_input(text)
         build_request([], system=text)  # raises if the text cannot be sent
         conversation.system = text
         _note("(the system prompt is set, from the next question on)")
@@ -179,7 +200,7 @@ def _exit(conversation: Conversation, _: str) -> None:
 @contextlib.contextmanager
 def _readable_errors(file: str) -> Iterator[str]:
     """Yield the path of `file`. Raise `InvalidRequest` if the file cannot be read or written."""
-    path = os.path.expanduser(file)
+    path = _path(file)
     try:
         yield path
     except InvalidRequest:
@@ -187,6 +208,21 @@ def _readable_errors(file: str) -> Iterator[str]:
     except (OSError, ValueError) as error:  # ValueError: a character that no file name may contain
         reason = getattr(error, "strerror", None) or error
         raise InvalidRequest(f"{path} cannot be used ({reason}). Choose another file.") from None
+
+
+def _path(file: str) -> str:
+    """Return the path of `file`, which may be quoted as in a shell: terminals quote a file that is dragged into them.
+
+    An existing file with exactly that name wins.
+    """
+    path = os.path.expanduser(file)
+    if os.path.exists(path):
+        return path
+    try:
+        words = [file.strip('"')] if os.name == "nt" else shlex.split(file)
+    except ValueError:  # a quotation mark without its partner
+        return path
+    return os.path.expanduser(words[0]) if len(words) == 1 else path
 
 
 @dataclass(frozen=True)
@@ -198,10 +234,13 @@ class _Command:
     argument: str = ""
 
 
-_FILE = "FILE"
+_COMMAND = re.compile(r"/([a-zA-Z][^/\s]*)?(?!\S)")  # not a path, and not // or /*
+_FILE, _NONE = "FILE", '""'
 _COMMANDS = {
     "/help": _Command(_help, "list the commands"),
-    "/system": _Command(_system, "show the system prompt, or replace it from the next question on", "[TEXT]"),
+    "/system": _Command(
+        _system, f"show the system prompt, or replace it from the next question on ({_NONE} removes it)", "[TEXT]"
+    ),
     "/undo": _Command(_undo, "undo the latest question or /regenerate"),
     "/regenerate": _Command(_regenerate, "answer the latest question again (use a --temperature above 0)"),
     "/window": _Command(_window, "show how much of the context window the conversation uses"),

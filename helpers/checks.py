@@ -10,14 +10,14 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from .bundled import bundled_gguf
+from .bundled import bundled_gguf, require_bundled_folder
 from .catalog import BUNDLED, INSTALL, INSTALL_BUNDLED, KNOWN_PARAMETERS, LLAMA2, LLAMA2_DOWNLOAD
 from .errors import ModelUnavailable
 from .hardware import Machine, installed_version, this_machine
-from .hub import GET_TOKEN, HubAccess, Licence, Token, find_token, hub_access
+from .hub import GET_TOKEN, STORE_AGAIN, HubAccess, Licence, Token, find_token, hub_access
 from .memory import format_gb, memory_needed
 from .model_choice import Choice, choose
-from .model_files import cached_folder
+from .model_files import cached_folder, local_folder, require_download_folder
 
 PACKAGES = ("jina", "docarray", "transformers", "torch", "bitsandbytes", "accelerate", "gguf")
 """The distributions that `check` looks for."""
@@ -48,7 +48,7 @@ def check() -> list[CheckResult]:
         choice = choose(machine=here, hub=hub)
     except ModelUnavailable as error:
         return [*results, CheckResult(False, "Model", "none can run", str(error))]
-    if choice.model == LLAMA2 and not cached_folder(LLAMA2):
+    if choice.model == LLAMA2 and not (local_folder(LLAMA2) or cached_folder(LLAMA2)):
         results.append(_check_disk())
     return [*results, _check_model(choice)]
 
@@ -102,17 +102,18 @@ def _check_memory(here: Machine) -> list[CheckResult]:
 
 
 def _check_token(token: Token | None, hub: HubAccess) -> list[CheckResult]:
+    licence = CheckResult(hub.licence is Licence.GRANTED, "Llama 2's licence", hub.finding, hub.fix)
     if token is None:
-        fix = f"Ask for access at https://huggingface.co/{LLAMA2} once you have a token."
-        return [
-            CheckResult(False, "Hugging Face token", "none was found", GET_TOKEN),
-            CheckResult(False, "Llama 2's licence", "not known without a token", fix),
-        ]
+        if hub.licence is Licence.NO_TOKEN:
+            fix = f"Ask for access at https://huggingface.co/{LLAMA2} once you have a token."
+            licence = CheckResult(False, "Llama 2's licence", "not known without a token", fix)
+        return [CheckResult(False, "Hugging Face token", "none was found", GET_TOKEN), licence]
+    problem = f", but it {token.problem}" if token.problem else ""
     fix = "See the next row." if hub.fix else "Try again later: Hugging Face limits how often it answers this."
     return [
-        CheckResult(True, "Hugging Face token", f"found: {token.source}"),
+        CheckResult(token.usable, "Hugging Face token", f"found: {token.source}{problem}", f"{STORE_AGAIN}."),
         CheckResult(hub.user is not None, "account", hub.user or "not known", fix),
-        CheckResult(hub.licence is Licence.GRANTED, "Llama 2's licence", hub.finding, hub.fix),
+        licence,
     ]
 
 
@@ -131,4 +132,12 @@ def _check_model(choice: Choice) -> CheckResult:
     missing = [name for name in needed if installed_version(name) is None]
     if missing:
         finding += f"; but these are not installed: {', '.join(missing)}"
-    return CheckResult(not missing, "Model", finding, INSTALL)
+        return CheckResult(False, "Model", finding, INSTALL)
+    try:
+        if choice.model == BUNDLED:
+            require_bundled_folder()
+        elif not (local_folder(choice.model) or cached_folder(choice.model)):
+            require_download_folder()
+    except ModelUnavailable as error:
+        return CheckResult(False, "Model", f"{finding}; but its files cannot be stored", str(error))
+    return CheckResult(True, "Model", finding)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from docarray import BaseDoc
 from pydantic import ValidationError
 
+from ._jina import BaseDoc
 from .answer import Answer
 from .errors import InvalidRequest
+from .messages import Message
 from .options import HOST, PORT, SamplingParams
-from .prompts import Message
-from .schemas import ChatDocument, ModelDocument, ModelOutputDocument, PromptDocument, validation_message
+from .schemas import ChatDocument, ModelDocument, ModelOutputDocument, PromptDocument, own_refusal, validation_message
 from .transport import Call
 
 
@@ -25,18 +25,18 @@ def stream(
     *,
     prompt: str | None = None,
     system: str | None = None,
-    max_tokens: int = SamplingParams.max_tokens,
-    temperature: float = SamplingParams.temperature,
-    top_p: float = SamplingParams.top_p,
+    max_tokens: int | None = SamplingParams.max_tokens,
+    temperature: float | None = SamplingParams.temperature,
+    top_p: float | None = SamplingParams.top_p,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     host: str = HOST,
     port: int = PORT,
 ) -> Answer:
     """Return the `Answer` of the service at `host` and `port`. The request is sent when the answer is read.
 
     - `messages`: a question, or a dialog ``[{"role": "user", "content": ...}, ...]``, for ``/chat``.
-      `system` is put in front of it as the system prompt.
+      `system` is put in front of it as the system prompt; an empty one is left out.
     - `prompt`: instead, the raw text of a prompt, for ``/stream``.
     - the others: `helpers.options.SamplingParams`.
 
@@ -83,19 +83,21 @@ def build_request(
     *,
     prompt: str | None = None,
     system: str | None = None,
-    max_tokens: int = SamplingParams.max_tokens,
-    temperature: float = SamplingParams.temperature,
-    top_p: float = SamplingParams.top_p,
+    max_tokens: int | None = SamplingParams.max_tokens,
+    temperature: float | None = SamplingParams.temperature,
+    top_p: float | None = SamplingParams.top_p,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
 ) -> ChatDocument | PromptDocument:
     """Return the document that `stream` sends. The arguments are those of `stream`.
 
-    Raise `InvalidRequest` for a wrong type, a value out of range, and text that is not valid Unicode. The service
-    checks the dialog itself, with `helpers.prompts.check_dialog`, because it has the tokenizer.
+    Raise `InvalidRequest` for a wrong type, a value out of range, text that is not valid Unicode, and a message that
+    is not text. The service checks the dialog as a whole, with `helpers.messages.check_dialog`.
     """
     if (messages is None) == (prompt is None):
         raise InvalidRequest("A request needs either messages or prompt=. Give one of them.")
+    if isinstance(system, str) and not system.strip():
+        system = None
     if prompt is not None and system is not None:
         raise InvalidRequest("A raw prompt contains its own system prompt. Leave system= out.")
     if isinstance(messages, str):
@@ -118,6 +120,8 @@ def build_request(
         request.sampling_params()
         request.to_protobuf()
     except ValidationError as error:
+        if refusal := own_refusal(error):
+            raise refusal from None
         raise InvalidRequest(f"The request has a wrong value ({validation_message(error)}). Correct it.") from None
     except UnicodeEncodeError as error:
         raise InvalidRequest(

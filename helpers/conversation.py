@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from functools import partial
+from io import FileIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 from .answer import FINISH_REASONS, Answer
 from .client import build_request
 from .errors import InvalidRequest, from_wire
-from .options import HOST, PORT
-from .prompts import Message, check_history
+from .messages import Message, check_history
+from .options import HOST, check_port
 from .schemas import CountDocument, ModelOutputDocument
 from .transport import Call, Doc
 
@@ -53,14 +54,18 @@ class Window(NamedTuple):
 class Conversation:
     """A conversation with a service: each question is sent together with all earlier turns.
 
-    `system` is the system prompt, and `options` are those of `helpers.client.stream`. Both may be changed between two
-    questions. Raise `InvalidRequest` for a wrong value, and `TypeError` for an option that does not exist.
+    `system` is the system prompt, or empty for none, and `options` are those of `helpers.client.stream`. Both may be
+    changed between two questions. Raise `InvalidRequest` for a wrong value, and `TypeError` for an option that does not
+    exist.
 
     ``turns`` holds the turns, oldest first. A turn is added when you begin to iterate over its answer. A stopped or
     failed answer keeps its text so far, and is sent with the next question unless that text is empty. With
     `keep_partial=False`, the answer and its question are dropped.
 
     A new question stops the answer that is still running. Threads may share a conversation.
+
+    A copy, made with `copy` or `pickle`, has its own turns and options. If an answer is still running, the copy has the
+    turns from before its question.
     """
 
     def __init__(self, system: str | None = None, *, keep_partial: bool = True, **options: Any) -> None:
@@ -72,9 +77,21 @@ class Conversation:
         self._running: Turn | None = None  # the turn whose answer is being read
         self._lock = threading.RLock()
         self._chat_call(self.messages)  # refuses a wrong option now, not with the first question
+        self.options = {name: value for name, value in options.items() if value is not None}
 
     def __repr__(self) -> str:
         return f"<Conversation, turns: {len(self.turns)}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            state = {**vars(self), "options": dict(self.options), "_history": list(self._history), "_running": None}
+            if self._running and self._running.answer.finish_reason is None:
+                state["turns"] = state["_history"].pop()
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def messages(self) -> list[Message]:
@@ -89,8 +106,9 @@ class Conversation:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Return the host and the port of the service."""
-        return self.options.get("host", HOST), self.options.get("port", PORT)
+        """Return the host and the port of the service. Raise `InvalidRequest` if the port is not one."""
+        host = self.options.get("host")
+        return HOST if host is None else host, check_port(self.options.get("port"))
 
     def stream(self, question: str) -> Answer:
         """Return the answer to the next question. Iterating, with ``for`` or ``async for``, sends the question."""
@@ -166,23 +184,21 @@ class Conversation:
         The messages are in OpenAI's format, which other tools read. A question without an answer is followed by an
         empty answer. ``answers`` says how each turn ended: its `finish_reason` and its `error`.
 
-        An existing file is replaced when the new one is complete, and keeps its permissions. Raise `OSError` if that
-        fails, and `UnicodeEncodeError` for a system prompt that is not valid Unicode.
+        An existing file is replaced when the new one is complete, and keeps its permissions. If it cannot be replaced,
+        because it is a mount point or its folder is not writable, it is overwritten, and restored if that fails.
+
+        Raise `OSError` if the file cannot be written, and `UnicodeEncodeError` for a system prompt that is not valid
+        Unicode.
         """
         turns = self.turns
         answers = [{"finish_reason": answer.finish_reason or "cancelled", "error": answer.error} for _, answer in turns]
         saved = {"messages": self._messages(turns), "answers": answers}
-        text = json.dumps(saved, ensure_ascii=False, indent=2) + "\n"
+        content = (json.dumps(saved, ensure_ascii=False, indent=2) + "\n").encode()
         path = Path(path).resolve()  # replaces the file that a link points to, not the link
         if path.exists() and not path.is_file():  # such as /dev/null
             raise FileExistsError(errno.EEXIST, "exists, and is not a file", str(path))
         try:
-            with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-                new = Path(folder, path.name)
-                new.write_text(text, encoding="utf-8")
-                if path.exists():
-                    shutil.copymode(path, new)
-                new.replace(path)
+            _write(path, content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error  # names the file, not the temporary one
 
@@ -194,7 +210,7 @@ class Conversation:
         conversation. Raise `OSError` if the file cannot be read, and `InvalidRequest` if it holds no conversation.
         """
         try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            saved = json.loads(Path(path).read_bytes())  # detects the encoding: Windows tools also write UTF-16
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{path} is not a JSON file ({error}). Choose a saved conversation.") from None
         saved = saved if isinstance(saved, dict) else {"messages": saved}
@@ -208,7 +224,9 @@ class Conversation:
         return conversation
 
     def _messages(self, turns: Sequence[Turn]) -> list[Message]:
-        messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages: list[Message] = []
+        if self.system is not None and str(self.system).strip():
+            messages.append({"role": "system", "content": self.system})
         for question, answer in turns:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer.text})
@@ -259,6 +277,48 @@ class Conversation:
                 has_replaced = len(self._history[-1]) >= len(self.turns)
                 if not self.keep_partial or (has_replaced and not answer.text):
                     self.turns = self._history.pop()
+
+
+_IRREPLACEABLE = (errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS, errno.EXDEV)
+"""The errors for a file that is a mount point, or whose folder is not writable."""
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace the file, or overwrite it if it cannot be replaced."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            new.write_bytes(content)
+            if path.exists():
+                shutil.copymode(path, new)
+            new.replace(path)
+    except OSError as error:
+        if error.errno not in _IRREPLACEABLE or not path.is_file():
+            raise
+        _overwrite(path, content)
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Write `content` into an existing file. If that fails, write its old content back."""
+    with path.open("r+b", buffering=0) as file:
+        old = file.read()
+        try:
+            _write_into(file, content)
+        except BaseException:
+            try:
+                _write_into(file, old)
+            except OSError as error:
+                damage = f"{error.strerror}. The old file is damaged. Save the conversation in another one"
+                raise OSError(error.errno, damage) from error
+            raise
+
+
+def _write_into(file: FileIO, content: bytes) -> None:
+    file.seek(0)
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    file.truncate()
 
 
 def _turns(messages: Sequence[Message], answers: object) -> list[Turn]:

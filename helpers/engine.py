@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import GenerationFailed, HelpersError, InvalidRequest, QueueFull, ServiceUnavailable
 from .kv_cache import cache_capacity
 from .options import EngineArgs, SamplingParams
-from .packed_attention import forward_packed, install_packed_attention
+from .packed_attention import NOT_FINITE_FIX, forward_packed, install_packed_attention
 from .sampling import make_sampler
 from .scheduler import Chunk, Scheduler
 from .sequence import Sequence, TokenStream
@@ -49,6 +49,15 @@ class Engine:
         self.args = args or EngineArgs()
         self.context_length = min(context_length, self.args.context_length or context_length)
         """The tokens that a prompt and its answer may take together."""
+        if self.args.context_length and self.args.context_length > context_length:
+            log.warning(
+                "context_length is %d, but the model reads at most %d tokens, so the context window has %d tokens",
+                self.args.context_length,
+                context_length,
+                context_length,
+            )
+        self.num_embeddings: int = model.get_input_embeddings().num_embeddings
+        """The number of token ids that the model can read: 0 to `num_embeddings` - 1."""
         self.cache_capacity: int
         """The number of tokens that all KV caches together may hold."""
         self.scheduler: Scheduler
@@ -64,10 +73,11 @@ class Engine:
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
         """Put a prompt of at least one token into the queue, and return its stream at once.
 
-        Raise `InvalidRequest` if prompt and answer together exceed `context_length`, `QueueFull`, or
-        `ServiceUnavailable` if the engine is closed.
+        Raise `InvalidRequest` if prompt and answer together exceed `context_length`, or if the model has no embedding
+        for an id. Raise `QueueFull`, or `ServiceUnavailable` if the engine is closed.
         """
         self._check_length(len(prompt_ids), params.max_tokens)
+        self._check_ids(prompt_ids)
         sequence = Sequence(prompt_ids, max_tokens=params.max_tokens, sampler=make_sampler(params))
         with self._changed:
             self.check_queue()
@@ -111,6 +121,15 @@ class Engine:
             raise InvalidRequest(
                 f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}: together more than the "
                 f"{self.context_length} tokens of the context window. Shorten the prompt or ask for fewer tokens."
+            )
+
+    def _check_ids(self, prompt_ids: list[int]) -> None:
+        """Raise `InvalidRequest` for an id without an embedding. On a GPU, it would make all later requests fail."""
+        unknown = next((token_id for token_id in prompt_ids if not 0 <= token_id < self.num_embeddings), None)
+        if unknown is not None:
+            raise InvalidRequest(
+                f"The prompt has the token id {unknown}, but the model only knows 0 to {self.num_embeddings - 1}: its "
+                "tokenizer has more tokens than the model. Leave out the text of this token."
             )
 
     def _run(self, ready: Future[None]) -> None:
@@ -186,8 +205,15 @@ class Engine:
             for chunk in batch:
                 self._step([chunk])
 
-    def _sample_next(self, sequence: Sequence, logits: Tensor, most_likely: int) -> None:
-        """Sample the next token, and put it into the stream unless it ends the answer."""
+    def _sample_next(self, sequence: Sequence, logits: Tensor, most_likely: int | None) -> None:
+        """Sample the next token, and put it into the stream unless it ends the answer.
+
+        `most_likely` is None if the logits contain NaN or infinity. The request then fails.
+        """
+        if most_likely is None:
+            log.error("the logits of a request are NaN or infinite")
+            self._fail(sequence, ArithmeticError("its logits are NaN or infinite"), fix=NOT_FINITE_FIX)
+            return
         try:
             token_id = sequence.sampler(logits) if sequence.sampler else most_likely
         except Exception as error:
@@ -206,11 +232,11 @@ class Engine:
         self.scheduler.finish(sequence)
         sequence.stream.end(reason, error)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, sequence: Sequence, error: Exception, *, fix: str = _ASK_AGAIN) -> None:
         """Finish `sequence` with an error. Drop its KV cache: the model may have run out of memory."""
         sequence.cache = None
         after = f"after {sequence.completion_tokens} tokens ({type(error).__name__}: {error})"
-        self._finish(sequence, "error", GenerationFailed(f"The model failed {after}. {_ASK_AGAIN}"))
+        self._finish(sequence, "error", GenerationFailed(f"The model failed {after}. {fix}"))
 
     def _end_all(self, reason: str, error: HelpersError | None = None) -> None:
         with self._changed:

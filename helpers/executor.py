@@ -15,11 +15,10 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Dict, List, Optional, Tuple, TypeVar, cast
 
-from docarray import BaseDoc
 from pydantic import ValidationError
 
 from . import models, prompts
-from ._jina import Executor, requests
+from ._jina import BaseDoc, Executor, prepare_service, requests
 from .detokenizer import Detokenizer
 from .engine import Engine
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
@@ -32,9 +31,11 @@ from .schemas import (
     ModelOutputDocument,
     PromptDocument,
     SamplingDocument,
+    own_refusal,
     validation_message,
 )
 
+prepare_service()
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL = 0.0001
@@ -55,7 +56,7 @@ class _Received(SamplingDocument):
             return super().from_protobuf(pb_msg)
         except Exception as error:
             why = validation_message(error) if isinstance(error, ValidationError) else error
-            refusal = f"The request cannot be read: {why}. Correct it."
+            refusal = str(own_refusal(error) or f"The request cannot be read: {why}. Correct it.")
             return cls.model_construct(prompt="", messages=[], max_tokens=0, refusal=refusal)
 
 
@@ -164,7 +165,13 @@ class TokenStreamingExecutor(Executor):
             params = doc.sampling_params()
             prompt_ids, dropped_turns = await self._tokenize(doc, ids_of)
             stream = self.engine.submit(prompt_ids, params)
-            text = Detokenizer(self.chat_model.tokenizer, stop=params.stop)
+            is_dialog = isinstance(doc, ChatDocument)
+            text = Detokenizer(
+                self.chat_model.tokenizer,
+                stop=params.stop,
+                continues=[] if is_dialog else prompt_ids,
+                lstrip=is_dialog,
+            )
             sent = 0
             usage = {"prompt_tokens": len(prompt_ids), "dropped_turns": dropped_turns}
             async for token_id in stream:
@@ -218,7 +225,7 @@ class TokenStreamingExecutor(Executor):
         return fitted.token_ids, fitted.dropped_turns
 
     def _count(self, doc: ChatRequest) -> int:
-        return prompts.count_tokens(self._messages(doc), self.chat_model.tokenizer)
+        return prompts.count_tokens(self._messages(doc), self.chat_model.tokenizer, window=self.engine.context_length)
 
     def _messages(self, doc: ChatRequest) -> List[prompts.Message]:
         """Return the dialog. Raise `InvalidRequest` if its first or last message is certainly too long."""

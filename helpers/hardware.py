@@ -14,6 +14,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -53,27 +54,91 @@ class Machine:
 def this_machine() -> Machine:
     """Return the facts about this machine. This takes some seconds if torch must be asked about a GPU.
 
-    If a container has a memory limit (cgroup v2), the limit counts as its RAM. If torch sees several GPUs,
-    the first one counts. An Apple GPU does not count: the model runs on the CPU.
+    The RAM is at most the lowest of the `memory_limits`. If torch sees several GPUs, the first one counts. An Apple GPU
+    does not count: the model runs on the CPU.
     """
     quantises = installed_version("bitsandbytes") is not None
     return Machine(platform.python_version(), *ram(), *_gpu(), quantises)
 
 
-def ram(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Return the total and the available RAM for this process, in bytes.
-
-    The kernel's documentation defines the files: https://docs.kernel.org/admin-guide/cgroup-v2.html
-    """
+def ram(root: Path = Path("/")) -> tuple[int, int]:
+    """Return the total and the available RAM for this process, in bytes, within its `memory_limits`."""
     memory = psutil.virtual_memory()
-    limit_file = cgroup / "memory.max"
-    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
-    if limit == "max" or int(limit) >= memory.total:
-        return memory.total, memory.available
-    used = int((cgroup / "memory.current").read_text())
-    rows = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    page_cache = int(rows.get("inactive_file", 0))  # the kernel frees it under pressure
-    return int(limit), min(memory.available, max(0, int(limit) - used + page_cache))
+    limits = [(limit, free) for limit, free in memory_limits(root) if limit < memory.total]
+    total = min([memory.total, *(limit for limit, _ in limits)])
+    return total, min([memory.available, *(max(0, free) for _, free in limits)])
+
+
+def memory_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """Yield each limit on this process's memory, and how much of it is free, in bytes.
+
+    The limits are those of its cgroups (a container, Slurm, systemd; versions 1 and 2) and of all groups above them,
+    and those of ``ulimit -v`` and ``ulimit -d``. `root` is the folder that contains ``proc`` and ``sys``.
+    """
+    for folder in _memory_cgroups(root):
+        for limit_file, usage_file, page_cache in _CGROUP_FILES:
+            limit, used = _number(folder / limit_file), _number(folder / usage_file)
+            if limit is not None and used is not None:
+                rows = dict(row for line in _lines(folder / "memory.stat") if len(row := line.split()) == 2)
+                yield limit, limit - used + int(rows.get(page_cache, 0))
+    if sys.platform == "linux":
+        this = psutil.Process()
+        memory = this.memory_info()
+        for resource, size in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
+            limit = this.rlimit(resource)[0]
+            if limit != psutil.RLIM_INFINITY:
+                yield limit, limit - size
+
+
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.high", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""A limit, what is used of it, and the row of ``memory.stat`` with the page cache that the kernel frees under pressure.
+
+The kernel's documentation: https://docs.kernel.org/admin-guide/cgroup-v2.html and
+https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+"""
+
+
+def _memory_cgroups(root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's memory cgroups and of all groups above them.
+
+    A mount may show only a part of the tree, as in a container. The paths of the groups begin at the tree's root:
+    https://man7.org/linux/man-pages/man7/cgroups.7.html and proc_pid_mountinfo.5.html
+    """
+    groups = [parts for line in _lines(root / "proc/self/cgroup") if len(parts := line.split(":", 2)) == 3]
+    for line in _lines(root / "proc/self/mountinfo"):
+        mount, _, device = line.partition(" - ")
+        if len(device.split()) < 2 or len(mount.split()) < 5:
+            continue  # of another form, in a sandbox
+        kind, options = device.split()[0], device.split()[-1].split(",")
+        if kind == "cgroup2":
+            paths = [path for number, _, path in groups if number == "0"]
+        elif kind == "cgroup" and "memory" in options:
+            paths = [path for _, controllers, path in groups if "memory" in controllers.split(",")]
+        else:
+            continue
+        mount_root, folder = mount.split()[3:5]
+        top = root / folder.lstrip("/")
+        for path in paths:
+            inside = path.startswith(mount_root)  # False if the process is in a group that the mount does not show
+            group = top / path.removeprefix(mount_root).lstrip("/") if inside else top
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(top))
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a kernel file, or [] if it cannot be read."""
+    try:
+        return file.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(file: Path) -> int | None:
+    """Return the number in a kernel file, or None if there is no file or no number ("max" means no limit)."""
+    return next((int(line) for line in _lines(file) if line.strip().isdecimal()), None)
 
 
 def installed_version(package: str) -> str | None:

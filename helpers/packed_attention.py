@@ -8,6 +8,7 @@ KV cache of its sequence. When a sequence is admitted or finishes, no other one 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,12 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import ModelUnavailable
 from .kv_cache import Ids, KVCache
 
+NOT_FINITE_FIX = "Serve it with --precision bf16 or fp32, and download it again if that does not help."
+"""What to do with a model whose logits are NaN or infinite: float16 overflows, or the weights are damaged."""
+
 
 def install_packed_attention(model: Any) -> KVCache:
     """Make `model`, a `transformers` causal language model, ready for `forward_packed`, and try it on two prompts.
 
-    Return the KV cache of one of them. Raise `ModelUnavailable` if a forward pass for both gives different logits
-    from one for each: the model mixes tokens outside its attention, or uses its own mask.
+    Return the KV cache of one of them. Raise `ModelUnavailable` if the logits are NaN or infinite, or if a forward pass
+    for both gives different logits from one for each: the model mixes tokens outside its attention, or uses its own
+    mask.
     """
     try:
         if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -40,6 +45,8 @@ def install_packed_attention(model: Any) -> KVCache:
         model.set_attn_implementation(f"packed_{attention}")
         _pack_head(model)
         return _try(model, prompts, expected=torch.stack(alone))
+    except ModelUnavailable:
+        raise
     except Exception as error:
         raise ModelUnavailable(
             f"{type(model).__name__} cannot be served here ({type(error).__name__}: {error}). Choose a model of "
@@ -50,8 +57,13 @@ def install_packed_attention(model: Any) -> KVCache:
 def _try(model: Any, prompts: Sequence[list[int]], *, expected: Tensor) -> KVCache:
     """Read both prompts in two steps, and return the KV cache of the first one.
 
-    Raise `TypeError` unless the logits, (2, vocabulary), are the expected ones.
+    Raise `ModelUnavailable` if the expected logits, (2, vocabulary), are NaN or infinite, and `TypeError` unless the
+    logits are the expected ones.
     """
+    if not expected.max(dim=-1).values.isfinite().all():
+        raise ModelUnavailable(
+            f"{type(model).__name__} computes logits that are NaN or infinite, in {model.dtype}. {NOT_FINITE_FIX}"
+        )
     caches = [KVCache(len(prompt)) for prompt in prompts]
     halves = [(len(prompt) + 1) // 2 for prompt in prompts]
     forward_packed(model, [(cache, prompt[:n]) for cache, prompt, n in zip(caches, prompts, halves, strict=True)])
@@ -59,19 +71,20 @@ def _try(model: Any, prompts: Sequence[list[int]], *, expected: Tensor) -> KVCac
     logits, _ = forward_packed(model, batch)
     if caches[0].num_layers != model.config.get_text_config().num_hidden_layers:
         raise TypeError("it has layers that store something other than keys and values")
-    expected, logits = expected.float().cpu(), logits.float().cpu()
+    # A model may give tokens that it never generates a logit of -inf.
+    expected, logits = (rows.float().cpu().nan_to_num(nan=math.nan, neginf=0) for rows in (expected, logits))
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    if (logits - expected).norm() > (0.001 if is_exact else 0.1) * expected.norm():
+    if not (logits - expected).norm() <= (0.001 if is_exact else 0.1) * expected.norm():  # also if it is NaN
         raise TypeError("it does not keep two prompts apart")
     return caches[0]
 
 
 @torch.inference_mode()
-def forward_packed(model: Any, batch: Sequence[tuple[KVCache, Ids]]) -> tuple[Tensor, list[int]]:
+def forward_packed(model: Any, batch: Sequence[tuple[KVCache, Ids]]) -> tuple[Tensor, list[int | None]]:
     """Run the model once: each sequence reads its next ids, one or more, after those that its KV cache holds.
 
-    Return the logits after the last id of each sequence, (sequences, vocabulary), and the most likely id of each.
-    If this raises, every KV cache is as long as before.
+    Return the logits after the last id of each sequence, (sequences, vocabulary), and the most likely id of each, or
+    None if its logits contain NaN or infinity. If this raises, every KV cache is as long as before.
     """
     device = model.device
     chunks = [_Chunk(cache, len(ids)) for cache, ids in batch]
@@ -84,7 +97,10 @@ def forward_packed(model: Any, batch: Sequence[tuple[KVCache, Ids]]) -> tuple[Te
         chunks=chunks,
     )
     logits = output.logits[0]
-    most_likely = logits.max(dim=-1).indices.tolist()  # faster than argmax; an error on a GPU is raised here
+    highest, indices = logits.max(dim=-1)  # faster than argmax; NaN is higher than any number
+    most_likely = [  # an error on a GPU is raised here
+        index if math.isfinite(value) else None for index, value in zip(indices.tolist(), highest.tolist(), strict=True)
+    ]
     for chunk in chunks:
         chunk.cache.length += chunk.n
     return logits, most_likely

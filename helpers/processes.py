@@ -11,10 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from .errors import InvalidRequest, ServiceUnavailable
+from .addresses import join
+from .errors import ServiceUnavailable
+from .options import check_port_to_serve
 
 
 def call_when_parent_ends(parent: int, action: Callable[[], object]) -> None:
@@ -36,6 +39,18 @@ def exit_with_parent_process() -> None:
     """
     if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
         call_when_parent_ends(parent.pid, lambda: os._exit(1))
+
+
+def end_forks_with_this_process() -> None:
+    """Make every later fork of this process, such as a user's Executor, end with it, even if it is killed."""
+    parent = os.getpid()
+    if hasattr(os, "register_at_fork"):  # not on Windows
+
+        def watch() -> None:
+            if os.getppid() == parent:  # not a fork of a fork
+                call_when_parent_ends(parent, lambda: os._exit(1))
+
+        os.register_at_fork(after_in_child=watch)
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
@@ -66,38 +81,70 @@ def is_listening(host: str, port: int) -> bool:
     return True
 
 
-def port_to_listen_on(host: str, port: int) -> int:
+def port_to_listen_on(host: str, port: Any) -> int:
     """Return `port`, or a free port for 0, if a service can listen there.
 
-    Raise `InvalidRequest` for a number that is not a port. Raise `ServiceUnavailable` if the port is taken (the
-    message names the process that holds it) or if `host` is not an address of this machine.
+    Raise `InvalidRequest` if `check_port_to_serve` does. Raise `ServiceUnavailable` if the port is taken (the message
+    says what holds it) or if `host` is not an address of this machine.
     """
-    if not 0 <= port <= 65535:
-        raise InvalidRequest(f"{port} is not a port. Choose one from 1 to 65535, or 0 for any free port.")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed is free
-            probe.bind(address)
-            free: int = probe.getsockname()[1]
-            return free
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ServiceUnavailable(
-                f"Port {port} is taken by {_holder(port)}. Stop that process, or choose another port (0: any free one)."
-            ) from None
+    port = check_port_to_serve(port)
+    failure: OSError | None = None
+    free = 0
+    for family, address in _addresses(host):  # a name such as localhost may have two
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed is free
+                probe.bind((address[0], free or port, *address[2:]))
+                free = probe.getsockname()[1]
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServiceUnavailable(f"Port {port or free} is taken by {_holder_and_fix(port or free)}") from None
+            failure = error
+    if not free:
         raise ServiceUnavailable(
-            f"A service cannot listen on {host}:{port} ({error}). Choose another host or port."
+            f"A service cannot listen on {join(host, port)} ({failure}). Choose another host or port."
+        ) from failure
+    return free
+
+
+def _addresses(host: str) -> list[tuple[int, tuple[Any, ...]]]:
+    """Return the family and the socket address of each address of `host`, or raise `ServiceUnavailable`."""
+    try:
+        return [(family, address) for family, _, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError) as error:
+        raise ServiceUnavailable(
+            f"A service cannot listen on {host}, which has no address ({error}). Choose another host."
         ) from error
 
 
-def _holder(port: int) -> str:
-    """Return which process listens on `port`: its id and name only, because a command line may hold secrets."""
+def raise_file_limit(files: int = 4096) -> None:
+    """Let this process open at least `files` files if it may. A service holds a connection for each client."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files if hard < 0 else min(files, hard), hard))
+
+
+def _holder_and_fix(port: int) -> str:
+    """Return what listens on `port`, and a sentence that says what to do.
+
+    Of another process, tell only the id and the name, because a command line may hold secrets.
+    """
+    holder = "another process"
     try:
         for connection in psutil.net_connections(kind="tcp"):
             listens_on = connection.laddr.port if connection.status == psutil.CONN_LISTEN and connection.laddr else 0
             if listens_on == port and connection.pid:
-                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+                process = psutil.Process(connection.pid)
+                if process.pid == os.getpid():
+                    return "this program itself. Choose another port (0: any free one)."
+                if any(parent.pid == os.getpid() for parent in process.parents()):
+                    started = f"a service that this program has started (process {process.pid})"
+                    return f"{started}. Stop it with its `.stop()`, or choose another port (0: any free one)."
+                holder = f"process {process.pid} ({process.name()})"
+                break
     except psutil.Error as error:  # macOS shows it to administrators only
-        return f"another process ({type(error).__name__} hides which)"
-    return "another process"
+        holder = f"another process ({type(error).__name__} hides which)"
+    return f"{holder}. Stop that process, or choose another port (0: any free one)."

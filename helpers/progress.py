@@ -17,6 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .terminal import is_notebook, visible
+
 _DRAW_INTERVAL = 0.2  # seconds
 
 
@@ -33,15 +35,13 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[..., N
         "bar_format": "{desc} ({elapsed})" if total is None else "{desc} |{bar}| {percentage:.0f} % ({elapsed})",
         "leave": False,
     }
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    is_notebook = shell is not None and shell.has_trait("kernel")
-    opened = _in_notebook(title, options) if is_notebook else _in_terminal(options)
+    opened = _in_notebook(title, options) if is_notebook() else _in_terminal(options)
     width = shutil.get_terminal_size().columns - len(" (00:00) ")
 
     with opened as (bar, draw):
 
         def show(doing: str = "", done: float | None = None) -> None:
-            bar.desc = f"{title}: {doing}"[:width] if doing else title
+            bar.desc = visible(f"{title}: {doing}")[:width] if doing else title
             if done is not None:
                 bar.n = done
 
@@ -64,7 +64,7 @@ def progress(title: str, total: float | None = None) -> Iterator[Callable[..., N
 @contextlib.contextmanager
 def _in_terminal(options: dict[str, Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """Yield a tqdm bar on stderr, which shows nothing if stderr is not a terminal, and the function that draws it."""
-    with tqdm(disable=None, **options) as bar:
+    with tqdm(disable=None if sys.stderr else True, **options) as bar:
         yield bar, bar.refresh
 
 

@@ -7,21 +7,20 @@ This module loads no model and generates nothing: the caller passes a tokenizer.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict
+from functools import lru_cache
+from typing import Any, Protocol
 
+from . import plain_text
+from .chat_template import render, role_tags, takes_system
 from .errors import InvalidRequest
-
-Role = Literal["system", "user", "assistant"]
-
-
-class Message(TypedDict):
-    """One message of a dialog; a dialog is a sequence of them, oldest first."""
-
-    role: Role
-    content: str
+from .messages import Message as Message
+from .messages import check_dialog as check_dialog
+from .messages import check_unicode
 
 
 class Tokenizer(Protocol):
@@ -62,105 +61,17 @@ BOS, EOS = "<s>", "</s>"
 """How a text spells the BOS and EOS ids of Llama 2."""
 
 
-def check_dialog(messages: object, *, special_tokens: Iterable[str] = ()) -> list[Message]:
-    """Return the dialog as a new list of plain messages. Raise `InvalidRequest` if it is not a dialog.
-
-    A dialog is an optional system message, then user and assistant messages in turn, and ends with a user message
-    (Meta's rule). System and user messages must not contain any of the four tags (Meta's rule, here for every
-    model) or of `special_tokens`. In an assistant message, a space after its first character turns such a tag
-    into ordinary text. (Meta refuses it, so a conversation could not continue after the model once wrote a tag.) A
-    user message must not be empty: Meta allows that, but models answer an empty message with something arbitrary.
-    Keys of a message other than ``role`` and ``content`` are dropped.
-    """
-    forbidden = (*SPECIAL_TAGS, *special_tokens)
-    checked = [_check_content(m, n, forbidden) for n, m in enumerate(check_history(messages), start=1)]
-    if not checked:
-        raise InvalidRequest("The dialog is empty. Send at least one user message.")
-    if checked[-1]["role"] != "user":
-        raise InvalidRequest(
-            f"Message {len(checked)} ({checked[-1]['role']}) is the last one, so there is nothing to answer. "
-            "End the dialog with a user message."
-        )
-    return checked
-
-
-def check_history(messages: object) -> list[Message]:
-    """Return the messages so far as a new list of plain messages; it may be empty and end with any role.
-
-    Their contents are not checked. Raise `InvalidRequest` if a message is malformed or the roles do not alternate.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise InvalidRequest(
-            f"A dialog is a list of messages, not a {type(messages).__name__}. "
-            "Send [{'role': 'user', 'content': 'your question'}]."
-        )
-    checked = [_check_message(m, n) for n, m in enumerate(messages, start=1)]
-    first_user = int(bool(checked) and checked[0]["role"] == "system")
-    for number, message in enumerate(checked[first_user:], start=first_user + 1):
-        expected = ("user", "assistant")[(number - 1 - first_user) % 2]
-        if message["role"] == "system":
-            raise InvalidRequest(
-                f"Message {number} (system) is not the first message of the dialog. "
-                "Send one system message at most, and send it first."
-            )
-        if message["role"] != expected:
-            raise InvalidRequest(
-                f"Message {number} ({message['role']}) is out of turn: user and assistant alternate, the user "
-                f"begins, and this message should be the {expected}'s. Join two messages of one role, or add the "
-                "missing one."
-            )
-    return checked
-
-
-def _check_message(message: object, number: int) -> Message:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise InvalidRequest(
-            f"Message {number} is not a dict whose 'role' and 'content' are both text. "
-            "Write it as {'role': 'user', 'content': 'your question'}."
-        )
-    if role not in ("system", "user", "assistant"):
-        raise InvalidRequest(f"Message {number} has the unknown role {role!r}. Use 'system', 'user' or 'assistant'.")
-    _check_unicode(content, f"Message {number} ({role})")
-    return {"role": role, "content": content}  # type: ignore[typeddict-item]
-
-
-def _check_content(message: Message, number: int, forbidden: Sequence[str]) -> Message:
-    role, content = message["role"], message["content"]
-    place = f"Message {number} ({role})"
-    if role == "assistant":
-        for text in forbidden:
-            content = content.replace(text, f"{text[0]} {text[1:]}")
-    for text in forbidden:
-        if text in content:
-            raise InvalidRequest(
-                f"{place} contains {text!r}, which tells the model who is speaking, so it could pass off one "
-                "speaker's words as another's (prompt injection). Remove it, or spell it differently."
-            )
-    if role == "user" and not content.strip():
-        raise InvalidRequest(f"{place} is empty. Write what the model should answer.")
-    return {"role": role, "content": content}
-
-
-def _check_unicode(text: str, place: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{place} is not valid Unicode: its character {error.start + 1} is {text[error.start]!a}, half of a "
-            "surrogate pair. Remove it, or decode the text with the right encoding."
-        ) from None
-
-
 def llama2_prompt(messages: Sequence[Message]) -> str:
     """Return the whole dialog as one text in Llama 2's prompt format, with ``<s>`` and ``</s>`` written out.
 
     A closed turn is ``<s>[INST] user [/INST] answer </s>``; the last turn ends at ``[/INST]``. As in Meta's
     reference, the system prompt is put in front of the first user message before that message is stripped.
-    Raise `InvalidRequest` if `check_dialog` refuses the messages, or if one contains ``<s>`` or ``</s>``.
+    Raise `InvalidRequest` if `check_dialog` refuses the messages, if a system or user message contains one of the four
+    tags (Meta's rule), or ``<s>`` or ``</s>``, which would become BOS and EOS in a text. In an assistant message, a
+    space after its first character turns such a tag into ordinary text. (Meta refuses it, so a conversation could
+    not continue after the model once wrote a tag.)
     """
-    *closed, last = _llama2_turns(check_dialog(messages, special_tokens=(BOS, EOS)))
+    *closed, last = _llama2_turns(_without_tags(messages, (*SPECIAL_TAGS, BOS, EOS)))
     return "".join(f"{BOS}{turn}{EOS}" for turn in closed) + BOS + last
 
 
@@ -175,12 +86,14 @@ def llama2_token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> l
     The ids of a text always begin with one BOS and never contain two in a row. Whitespace around the text and
     between ``</s>`` and ``<s>`` is dropped; inside a turn it stays.
 
-    Raise `InvalidRequest` if `check_dialog` refuses the messages (with all special tokens of the tokenizer), or if
-    the text is empty or not valid Unicode.
+    In a message, ``<s>`` is encoded as ordinary characters, as in Meta's tokenizer.
+
+    Raise `InvalidRequest` if `check_dialog` refuses the messages, if a system or user message contains one of the four
+    tags (Meta's rule), or if the text is empty or not valid Unicode.
     """
     if isinstance(prompt, str):
         return _llama2_text_ids(prompt, tokenizer)
-    return _llama2_dialog_ids(_check_for(prompt, tokenizer), tokenizer)
+    return _llama2_dialog_ids(_without_tags(prompt, SPECIAL_TAGS), tokenizer)
 
 
 def is_llama2(tokenizer: Tokenizer) -> bool:
@@ -199,11 +112,16 @@ def token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int
     Llama 2 gets `llama2_token_ids`. For any other model, its own chat template formats a dialog (and may add
     a system prompt), and its tokenizer encodes a raw text, without a second BOS if the text begins with one.
 
-    Raise `InvalidRequest` if `check_dialog` refuses the messages (with all special tokens of the tokenizer), if the
-    template refuses them or the model has none, or if the text is empty or not valid Unicode.
+    A message cannot pass off one speaker's words as another's. A special token's spelling in a message is encoded as
+    plain characters (`helpers.plain_text`). A tag that the model reads as text, such as Llama 2's ``[INST]``, gets a
+    space after its first character. If the template takes no system message, the system prompt is put in front of
+    the first question.
+
+    Raise `InvalidRequest` if `check_dialog` or the template refuses the messages, if the model has no template, or if
+    the text is empty or not valid Unicode.
     """
     if not isinstance(prompt, str):
-        return _dialog_ids(_check_for(prompt, tokenizer), tokenizer)
+        return _dialog_ids(check_dialog(prompt), tokenizer)
     if is_llama2(tokenizer):
         return _llama2_text_ids(prompt, tokenizer)
     _check_text(prompt)
@@ -212,9 +130,19 @@ def token_ids(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int
     return tokenizer.encode(prompt, add_special_tokens=not has_bos)
 
 
-def count_tokens(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> int:
-    """Return how many tokens of the context window the prompt takes. Raise what `token_ids` raises."""
-    return len(token_ids(prompt, tokenizer))
+def count_tokens(prompt: str | Sequence[Message], tokenizer: Tokenizer, *, window: int | None = None) -> int:
+    """Return how many tokens of the context window the prompt takes. Raise what `token_ids` raises.
+
+    If the context length `window` is given, old turns that cannot fit into it are not encoded. Their tokens are
+    estimated, so that the sum also exceeds the window.
+    """
+    if window is None or isinstance(prompt, str):
+        return len(token_ids(prompt, tokenizer))
+    system, turns = _split(check_dialog(prompt))
+    longest = _longest_token(tokenizer)
+    split = len(turns) - 1 - 2 * _turns_within(turns, longest * window)
+    left_out = sum(len(message["content"].strip()) for message in turns[:split])
+    return len(_dialog_ids([*system, *turns[split:]], tokenizer)) + math.ceil(left_out / min(4, longest))
 
 
 @dataclass(frozen=True)
@@ -234,37 +162,62 @@ def fit_to_window(messages: Sequence[Message], tokenizer: Tokenizer, *, window: 
     """Drop the fewest of the oldest turns that let the dialog and its answer fit into the context window.
 
     `window` is the context length in tokens (4096 for Llama 2); `max_tokens` of it are reserved for the answer. The
-    system prompt and the last question always stay. The number of turns is found by bisection, so a long dialog is
-    encoded a few times, not once per turn.
+    system prompt and the last question always stay. The number of turns is guessed from their length and then found
+    by bisection, so a long dialog is encoded a few times, not once per turn. Turns that certainly do not fit, because
+    even the longest tokens could not hold them, are not encoded at all.
 
     Raise `InvalidRequest` if the system prompt and the last question alone do not fit, or if `token_ids` refuses
     the dialog.
     """
-    dialog = _check_for(messages, tokenizer)
-    system = dialog[: int(dialog[0]["role"] == "system")]
-    turns = dialog[len(system) :]
+    system, turns = _split(check_dialog(messages))
+    # a turn with more characters cannot fit, and encoding millions of them takes seconds
+    possible = _turns_within(turns, _longest_token(tokenizer) * max(1, window - max_tokens))
+    count = len(turns) // 2
 
-    def without(dropped: int) -> FittedDialog:
-        left = [*system, *turns[2 * dropped :]]
-        return FittedDialog(left, _dialog_ids(left, tokenizer), dropped)
+    def keeping(kept: int) -> FittedDialog:
+        left = [*system, *turns[2 * (count - kept) :]]
+        return FittedDialog(left, _dialog_ids(left, tokenizer), count - kept)
 
-    def fits(fitted: FittedDialog) -> bool:
-        return len(fitted.token_ids) + max_tokens <= window
-
-    whole = without(0)
-    if fits(whole):
-        return whole
-    best = without(len(turns) // 2)
-    if not fits(best):
-        raise InvalidRequest(_too_long(best, window=window, max_tokens=max_tokens))
-    too_few = 0
-    while best.dropped_turns - too_few > 1:
-        middle = without((too_few + best.dropped_turns) // 2)
-        if fits(middle):
-            best = middle
+    best, too_many = None, possible + 1
+    kept = min(possible, _turns_within(turns, 4 * window, around=16))  # a guess
+    while best is None or too_many - (count - best.dropped_turns) > 1:
+        fitted = keeping(kept)
+        if len(fitted.token_ids) + max_tokens <= window:
+            best = fitted
+            kept = min(2 * kept + 1, possible) if too_many > possible else (kept + too_many) // 2
+        elif kept == 0:
+            raise InvalidRequest(_too_long(fitted, window=window, max_tokens=max_tokens))
         else:
-            too_few = middle.dropped_turns
+            too_many = kept
+            kept = (count - best.dropped_turns + too_many) // 2 if best else 0
     return best
+
+
+def _split(dialog: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Return the system message, in a list that may be empty, and the other messages."""
+    first = int(dialog[0]["role"] == "system")
+    return dialog[:first], dialog[first:]
+
+
+def _turns_within(turns: Sequence[Message], characters: int, *, around: int = 0) -> int:
+    """Return how many of the latest closed turns, together with the last question, fit into `characters`.
+
+    Templates strip contents, and write about `around` characters for each message.
+    """
+    lengths = (around + len(message["content"].strip()) for message in reversed(turns))
+    fitting = sum(1 for total in itertools.accumulate(lengths) if total <= characters)
+    return max(0, fitting - 1) // 2
+
+
+def _longest_token(tokenizer: Any) -> int:
+    """Return the largest number of characters that one token stands for."""
+    return _read_longest_token(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _read_longest_token(tokenizer: Any, size: int) -> int:
+    """Return the length of the longest token. `size` is only a key of the cache: tokens may be added."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _too_long(least: FittedDialog, *, window: int, max_tokens: int) -> str:
@@ -280,38 +233,54 @@ def _too_long(least: FittedDialog, *, window: int, max_tokens: int) -> str:
     )
 
 
-def _check_for(messages: object, tokenizer: Tokenizer) -> list[Message]:
-    """Return the checked dialog. Refuse texts that this tokenizer reads as one special token.
+def _without_tags(messages: Sequence[Message], tags: Sequence[str]) -> list[Message]:
+    """Return the checked dialog, with the tags in assistant messages broken. Refuse tags in the others."""
+    dialog = check_dialog(messages)
+    for number, message in enumerate(dialog, start=1 + len(messages) - len(dialog)):
+        for tag in tags:
+            if message["role"] != "assistant" and tag in message["content"]:
+                raise InvalidRequest(
+                    f"Message {number} ({message['role']}) contains {tag!r}, which tells the model who is speaking, so "
+                    "it could pass off one speaker's words as another's (prompt injection). Remove it, or spell it "
+                    "differently."
+                )
+    return _break(dialog, tags)
 
-    Whitespace, and added tokens that are not special (``<think>``), may appear in messages.
-    """
-    added = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
-    special = dict.fromkeys(map(str, (*tokenizer.all_special_tokens, *added)))
-    return check_dialog(messages, special_tokens=[text for text in special if text.strip()])
+
+def _break(messages: list[Message], tags: Sequence[str]) -> list[Message]:
+    """Return new messages in which each tag has a space after its first character."""
+    broken: list[Message] = []
+    for message in messages:
+        content = message["content"]
+        for tag in tags:
+            content = content.replace(tag, f"{tag[0]} {tag[1:]}")
+        broken.append({"role": message["role"], "content": content})
+    return broken
 
 
 def _check_text(text: str) -> None:
-    _check_unicode(text, "The prompt")
+    check_unicode(text, "The prompt")
     if not text.strip():
         raise InvalidRequest("The prompt is empty. Write what the model should continue.")
 
 
 def _dialog_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     if is_llama2(tokenizer):
-        return _llama2_dialog_ids(messages, tokenizer)
+        return _llama2_dialog_ids(_break(messages, SPECIAL_TAGS), tokenizer)
     if not tokenizer.chat_template:
         raise InvalidRequest(
             "This model has no chat template, so it cannot read messages. Send one raw text to /stream instead."
         )
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except Exception as error:
-        if "TemplateError" not in (cls.__name__ for cls in type(error).__mro__):  # jinja2 is not imported here
-            raise
-        raise InvalidRequest(
-            f"The model's chat template refuses these messages ({error}). Change them, or send a raw text to /stream."
-        ) from error
-    return list(ids)
+    messages = _break(messages, role_tags(tokenizer))
+    if messages[0]["role"] == "system" and not takes_system(tokenizer):
+        system, first, *rest = messages
+        messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    return plain_text.encode(render(_marked(messages, tokenizer), tokenizer), tokenizer)
+
+
+def _marked(messages: list[Message], tokenizer: Tokenizer) -> list[Message]:
+    contents = plain_text.mark((message["content"] for message in messages), tokenizer)
+    return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
 
 
 def _llama2_turns(messages: list[Message]) -> list[str]:
@@ -329,11 +298,12 @@ def _llama2_turns(messages: list[Message]) -> list[str]:
 
 
 def _llama2_dialog_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    *closed, last = _llama2_turns(messages)
+    turns = _llama2_turns(_marked(messages, tokenizer))
+    *closed, last = (plain_text.encode(turn, tokenizer) for turn in turns)
     ids: list[int] = []
     for turn in closed:
-        ids += [tokenizer.bos_token_id, *_encode_alone(turn, tokenizer), tokenizer.eos_token_id]
-    return [*ids, tokenizer.bos_token_id, *_encode_alone(last, tokenizer)]
+        ids += [tokenizer.bos_token_id, *turn, tokenizer.eos_token_id]
+    return [*ids, tokenizer.bos_token_id, *last]
 
 
 def _llama2_text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -347,9 +317,5 @@ def _llama2_text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         elif part == eos:
             ids.append(tokenizer.eos_token_id)
         elif part.strip():
-            ids += _encode_alone(part, tokenizer)
+            ids += tokenizer.encode(part, add_special_tokens=False)
     return ids
-
-
-def _encode_alone(segment: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(segment, add_special_tokens=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .options import SamplingParams
+from .options import GREEDY_TEMPERATURE, SamplingParams
 
 LIKELY_TOKENS = 1024
 """`top_p` first looks at this many tokens, which are nearly always enough.
@@ -18,11 +18,11 @@ On one core of an AMD EPYC that takes 0.4 ms for a vocabulary of 49,152; sorting
 def make_sampler(params: SamplingParams) -> Callable[[Tensor], int] | None:
     """Return a function from logits, shape (vocabulary,), to the id of the next token.
 
-    Return None for temperature 0 (greedy): `helpers.packed_attention.forward_packed` finds the most likely ids.
+    Return None for greedy decoding: `helpers.packed_attention.forward_packed` finds the most likely ids.
 
     Each sampler has its own random generator, so its tokens depend on the seed, and not on other requests.
     """
-    if params.temperature == 0:
+    if params.temperature < GREEDY_TEMPERATURE:
         return None
     generator = torch.Generator()
     if params.seed is None:
@@ -45,4 +45,6 @@ def _top_p(probabilities: Tensor, p: float) -> tuple[Tensor, Tensor]:
     likely = probabilities.topk(min(LIKELY_TOKENS, len(probabilities)))
     values, ids = likely if likely.values.sum() >= p else probabilities.sort(descending=True)
     sum_before = values.cumsum(dim=-1) - values
-    return values.where(sum_before < p, 0.0), ids
+    taken = sum_before < p
+    taken[0] = True  # even if `p` is so small that it becomes 0 in float32
+    return values.where(taken, 0.0), ids

@@ -9,23 +9,44 @@ without that last document has failed, however it ended.
 """
 
 # No `from __future__ import annotations`, and Optional instead of `| None`: Jina and DocArray read the annotations.
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
-from docarray import BaseDoc
-from docarray.typing import ID
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidationInfo, field_validator
 
+from ._jina import ID, QuietDoc
+from .errors import InvalidRequest
+from .messages import plain_messages
 from .options import SamplingParams
 
 
-class SamplingDocument(BaseDoc):
-    """The fields that both kinds of request share: those of `helpers.options.SamplingParams`."""
+class SamplingDocument(QuietDoc):
+    """The fields that both kinds of request share: those of `helpers.options.SamplingParams`.
+
+    None means the default, and `stop` may be a single string.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: Optional[int] = None
     stop: List[str] = []
+
+    @field_validator("max_tokens", "temperature", "top_p", "seed", mode="before")
+    @classmethod
+    def _is_not_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):  # which pydantic reads as 0 or 1
+            raise InvalidRequest(f"{info.field_name} is {value}. Give a number.")
+        return value
+
+    @field_validator("max_tokens", "temperature", "top_p", "stop", mode="before")
+    @classmethod
+    def _has_a_default(cls, value: Any, info: ValidationInfo) -> Any:
+        return getattr(SamplingParams, str(info.field_name)) if value is None else value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _may_be_one_text(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def sampling_params(self) -> SamplingParams:
         """Return the fields as `SamplingParams`. Raise `InvalidRequest` for a value out of range."""
@@ -48,13 +69,19 @@ class ChatDocument(SamplingDocument):
     """A request to ``/chat``: a dialog, which the service turns into the model's own prompt format.
 
     ``messages``: ``[{"role": "system" | "user" | "assistant", "content": ...}, ...]``.
+    `helpers.messages.plain_messages` converts the other shapes of OpenAI's text messages into this one.
     """
 
     # not a DocList: with pydantic 2, Jina 3.34 cannot tell its gateway the schema of a DocList
     messages: List[Dict[str, str]]
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _are_plain(cls, messages: Any) -> Any:
+        return plain_messages(messages)
 
-class ModelOutputDocument(BaseDoc):
+
+class ModelOutputDocument(QuietDoc):
     """One token of an answer, or the end of the answer.
 
     The `generated_text` of all documents joined equals the tokenizer's own decoding of all `token_id`, up to a
@@ -84,20 +111,23 @@ class ModelOutputDocument(BaseDoc):
     error: Optional[str] = None
 
 
-class CountDocument(BaseDoc):
+class CountDocument(QuietDoc):
     """The reply of ``/count``: how many tokens a dialog takes, and how many the context window holds.
 
-    All turns are counted, even if they exceed the window. `error` is as in `ModelOutputDocument`.
+    All turns are counted, even if they exceed the window; old turns that cannot fit into it are estimated. `error` is
+    as in `ModelOutputDocument`.
     """
 
+    id: Optional[ID] = None
     prompt_tokens: int
     context_length: int
     error: Optional[str] = None
 
 
-class ModelDocument(BaseDoc):
+class ModelDocument(QuietDoc):
     """The reply of ``/info``: the model behind the service, its steps since the start, and its load now."""
 
+    id: Optional[ID] = None
     model: str
     precision: str
     device: str
@@ -110,3 +140,12 @@ class ModelDocument(BaseDoc):
 def validation_message(error: ValidationError) -> str:
     """Return, in one line, which fields of a document are invalid, and why."""
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+
+
+def own_refusal(error: Exception) -> Optional[InvalidRequest]:
+    """Return the `InvalidRequest` that a document of this module raised, or None. Pydantic wraps it."""
+    for one in error.errors(include_url=False) if isinstance(error, ValidationError) else ():
+        reason = one.get("ctx", {}).get("error")
+        if isinstance(reason, InvalidRequest):
+            return reason
+    return None

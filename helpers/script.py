@@ -1,26 +1,34 @@
 """Run a user's script that deploys a service, such as the article's, and end with the program that started it.
 
-`helpers.service.serve_script` starts a script in this way:
+`helpers.service.serve_script` calls `main` in a process of its own, with these arguments:
 
-    python -m helpers.script --port PORT --parent PID --log FILE SCRIPT [ARGUMENT ...]
+    --port PORT --parent PID --log FILE SCRIPT [ARGUMENT ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
-import runpy
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
-from . import _jina  # noqa: F401  imports jina without its warnings, before the script does
+from ._jina import prepare_service  # imports jina without its warnings, before the script does
 from .options import HOST
-from .processes import call_when_parent_ends, is_listening, kill, remove_log
+from .processes import (
+    call_when_parent_ends,
+    end_forks_with_this_process,
+    is_listening,
+    kill,
+    raise_file_limit,
+    remove_log,
+)
 from .service import announce
 from .transport import is_ready
 
@@ -50,10 +58,23 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, end)
     call_when_parent_ends(options.parent, end_without_parent)
+    end_forks_with_this_process()
+    prepare_service()
+    raise_file_limit()
     threading.Thread(target=announce_when_ready, name="announce", daemon=True).start()
     sys.argv = options.command
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_as_python_does(sys.argv[0])
 
 
-if __name__ == "__main__":
-    main()
+def run_as_python_does(script: str) -> None:
+    """Run a script as ``python SCRIPT`` does: modules in its folder come first, even one named ``helpers``."""
+    main = ModuleType("__main__")
+    main.__file__ = os.path.abspath(script)
+    own = [name for name in sys.modules if name.partition(".")[0] == __name__.partition(".")[0]]
+    hidden = [sys.modules.pop(name) for name in own]
+    sys.modules["__main__"] = main
+    sys.path.insert(0, os.path.dirname(os.path.realpath(script)))
+    with io.open_code(main.__file__) as file:
+        code = compile(file.read(), main.__file__, "exec", dont_inherit=True)
+    exec(code, main.__dict__)
+    del hidden  # kept alive until here, because threads run functions of these modules

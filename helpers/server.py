@@ -16,11 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from .addresses import bracketed, clean_host
 from .catalog import INSTALL
 from .errors import ModelUnavailable, ServiceUnavailable, to_wire
 from .options import HOST, PORT, EngineArgs
-from .processes import call_when_parent_ends, port_to_listen_on, remove_log
+from .processes import call_when_parent_ends, kill, port_to_listen_on, raise_file_limit, remove_log
 from .service import announce
+
+SECONDS_TO_STOP = 5
+"""The seconds that the executor has to stop before it is killed."""
 
 
 def run(
@@ -38,11 +44,18 @@ def run(
     When the service stops or `parent` ends, remove the file `log`, and its folder if it is then empty. After a
     failure, both stay.
 
-    Raise `InvalidRequest` or `ServiceUnavailable` if the service cannot listen on the port, and `ModelUnavailable` if
-    the packages that run a model are not installed. If the model does not load, print the reason on stderr and raise
-    `SystemExit`.
+    Raise `InvalidRequest` or `ServiceUnavailable` if the service cannot listen at `host` and `port`, or if Python
+    removes docstrings, and `ModelUnavailable` if the packages that run a model are not installed. If the model does not
+    load, print the reason on stderr and raise `SystemExit`.
     """
+    if sys.flags.optimize > 1:
+        raise ServiceUnavailable(
+            "Python runs with -OO or PYTHONOPTIMIZE=2, which removes the docstrings that transformers needs. Start the "
+            "service without it, or with -O."
+        )
+    host = clean_host(host)
     port = port_to_listen_on(host, port)
+    raise_file_limit()
     lifetime = _Lifetime(parent, log)
 
     from ._jina import RuntimeFailToStart
@@ -72,11 +85,20 @@ class _Lifetime:
         if parent is not None:
             call_when_parent_ends(parent, self._end_without_parent)
         threading.Thread(target=self._end_with_executor, name="executor-watch", daemon=True).start()
+        threading.Thread(target=self._end_in_time, name="end-in-time", daemon=True).start()
 
     def _end(self, *_: object) -> None:
         if not self.ready.is_set():
             os._exit(1)  # the executor's process, which is still loading its model, then ends too
         self.stop.set()
+
+    def _end_in_time(self) -> None:
+        """Kill an executor that does not stop in time, for example because it is still tokenizing an enormous text."""
+        self.stop.wait()
+        time.sleep(SECONDS_TO_STOP)
+        remove_log(self._log)
+        kill(psutil.Process().children(recursive=True))
+        os._exit(0)
 
     def _end_without_parent(self) -> None:
         remove_log(self._log)
@@ -88,7 +110,7 @@ class _Lifetime:
             time.sleep(0.05)
         multiprocessing.connection.wait([executors[0].sentinel])
         executors[0].join()
-        was_killed = (executors[0].exitcode or 0) < 0
+        was_killed = (executors[0].exitcode or 0) < 0 and not self.stop.is_set()
         if was_killed or (self.ready.is_set() and not self.stop.wait(1)):
             died = "The model's process died, perhaps because memory ran out. Start the service again."
             print(to_wire(ServiceUnavailable(died)), file=sys.stderr, flush=True)
@@ -97,8 +119,10 @@ class _Lifetime:
 
 def _deployment(model: str, precision: str, host: str, port: int, engine_args: EngineArgs) -> Any:
     """Return Jina's Deployment of `TokenStreamingExecutor`, not started yet."""
-    from ._jina import Deployment
+    from ._jina import Deployment, prepare_service, use_no_proxy_for
 
+    prepare_service()
+    use_no_proxy_for(host)
     try:
         from .executor import TokenStreamingExecutor
     except ModuleNotFoundError as error:
@@ -108,7 +132,7 @@ def _deployment(model: str, precision: str, host: str, port: int, engine_args: E
     return Deployment(
         uses=TokenStreamingExecutor,
         uses_with={"model": model, "precision": precision, "engine_args": asdict(engine_args)},
-        host=host,
+        host=bracketed(host),
         port=port,
         protocol="grpc",
         include_gateway=False,  # Jina's gateway hides errors and repeats requests

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from .errors import HelpersError, ServiceUnavailable, find_error
+from .addresses import clean_host, host_to_ask, join
+from .errors import HelpersError, InvalidRequest, ServiceUnavailable, find_error
 from .hub import find_token
 from .memory import check_precision
 from .options import HOST, PORT, EngineArgs
@@ -34,12 +35,23 @@ if TYPE_CHECKING:
     from .prompts import Message
     from .schemas import ModelDocument
 
-_PROJECT = Path(__file__).parents[1]
+_PROGRAM = """
+import sys
+if sys.path[0] == "":
+    del sys.path[0]
+sys.path.insert(0, {project!r})
+import helpers
+sys.path.append(sys.path.pop(0))
+from helpers.{module} import main
+sys.exit(main())
+"""
+"""Runs a module of this package. The working directory, which may hold another `helpers`, is not on ``sys.path``: the
+option ``-P`` does that too, but not in Python 3.10."""
 
 
 def ready_line(host: str, port: int) -> str:
     """Return the line that a service's process prints when it is ready: the one sign of readiness."""
-    return f"Ready on {host}:{port}. Ctrl-C stops the service."
+    return f"Ready on {join(host, port)}. Ctrl-C stops the service."
 
 
 def announce(host: str, port: int) -> None:
@@ -54,31 +66,38 @@ def serve(
     """Start a service and wait until it is ready. Use it as ``with helpers.serve() as service:``.
 
     - `model` and `precision` as in `helpers.models.load`.
-    - `host`: the address to listen on. Other machines cannot reach the default, the loopback address.
+    - `host`: the address to listen on, IPv4 or IPv6. Other machines cannot reach the default, the loopback address.
     - `port`: 0 takes any free port.
     - `engine_args`: the fields of `helpers.options.EngineArgs`.
 
-    Before anything is started, raise `InvalidRequest` for an unknown precision or a limit out of range, and
-    `ServiceUnavailable` if the port is taken, with the process that holds it. If the service ends before it is ready,
-    raise `ModelUnavailable` if the model is the reason; otherwise `ServiceUnavailable` with the end of the log.
+    Before anything is started, raise `InvalidRequest` for an unknown precision, a limit out of range or an invalid
+    host, and `ServiceUnavailable` if there is no folder for the log, or if the port is taken (the message says by
+    what). If the service ends before it is ready, raise `ModelUnavailable` if the model is the reason, and otherwise
+    `ServiceUnavailable` with the end of the log.
     """
     check_precision(precision)
     limits = EngineArgs(**engine_args)
+    host = clean_host(host)
     port = port_to_listen_on(host, port)
     options = ["--model", model, "--precision", precision, "--host", host, *limits.to_arguments()]
-    return Service(["helpers", "serve"], options, host=host, port=port)
+    return Service("__main__", ["serve"], options, host=host, port=port)
 
 
 def serve_script(script: str | Path, *arguments: str, port: int = PORT) -> Service:
     """Run a Python script that deploys an `Executor` on `port`, and wait until it is ready.
 
     The script ends as the article's does: ``with Deployment(..., port=12345, protocol="grpc") as dep: dep.block()``.
-    `arguments` become its ``sys.argv[1:]``. The script runs in its own process, and stops like a service of `serve`.
+    It runs as with ``python script *arguments``, in its own process, and stops like a service of `serve`. Its Executors
+    do not wait for each other or for those of another service, as Jina would make them.
 
-    Raise `ServiceUnavailable` if the port is taken, or, with the end of its log, if the script ends.
+    Raise `InvalidRequest` if there is no such file, and `ServiceUnavailable` if the port is taken, or, with the end of
+    its log, if the script ends.
     """
+    script = os.path.expanduser(script)
+    if not os.path.isfile(script):
+        raise InvalidRequest(f"{script} is not a file. Name the script that deploys the service.")
     port = port_to_listen_on(HOST, port)
-    return Service(["helpers.script"], [str(script), *arguments], host=HOST, port=port)
+    return Service("script", [], [script, *arguments], host=HOST, port=port)
 
 
 class Service:
@@ -87,16 +106,18 @@ class Service:
     `serve` and `serve_script` create it. The constructor returns when the service is ready.
     """
 
-    def __init__(self, program: Sequence[str], arguments: Sequence[str], *, host: str, port: int) -> None:
-        self.host = HOST if host == "0.0.0.0" else host
+    def __init__(self, module: str, command: Sequence[str], arguments: Sequence[str], *, host: str, port: int) -> None:
+        self.host = host_to_ask(host)
         self.port = port
         environment = _environment()
-        self.log = Path(tempfile.mkdtemp(prefix="helpers-service-")) / "service.log"
+        program = _PROGRAM.format(project=str(Path(__file__).parents[1]), module=module)
+        self._owner = os.getpid()
+        self.log = _folder_for_log() / "service.log"
         watched = ["--port", str(port), "--parent", str(os.getpid()), "--log", str(self.log)]
         try:
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", *program, *watched, *arguments],
+                    [sys.executable, "-c", program, *command, *watched, *arguments],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -123,7 +144,7 @@ class Service:
 
     def __repr__(self) -> str:
         state = "running" if self._process.poll() is None else "stopped"
-        return f"<Service on {self.host}:{self.port}, {state}>"
+        return f"<Service on {join(self.host, self.port)}, {state}>"
 
     def stream(self, messages: str | Sequence[Message] | None = None, **options: Any) -> Answer:
         """Ask this service, as `helpers.stream` does."""
@@ -150,7 +171,12 @@ class Service:
         return client.info(host=self.host, port=self.port)
 
     def stop(self) -> None:
-        """Stop the service, and wait until its processes and its log are gone. May be called twice."""
+        """Stop the service, and wait until its processes and its log are gone. May be called twice.
+
+        In a fork of the program that started the service, do nothing.
+        """
+        if self._owner != os.getpid():
+            return
         if self._process.poll() is None:
             children = psutil.Process(self.pid).children(recursive=True)
             self._process.terminate()
@@ -165,7 +191,7 @@ class Service:
 
     def _wait_until_ready(self, ready: str) -> None:
         """Wait until the log contains `ready`, and show the latest line of the log meanwhile."""
-        with progress("Starting the service") as show, self.log.open(errors="replace") as log:
+        with progress("Starting the service") as show, self.log.open(encoding="utf-8", errors="replace") as log:
             unfinished = ""
             while True:
                 if self._process.poll() is not None:
@@ -179,23 +205,33 @@ class Service:
                 time.sleep(0.05)
 
     def _failure(self) -> HelpersError:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
         return find_error(lines) or ServiceUnavailable(
             f"The service ended with status {self._process.returncode} before it was ready. "
             "The end of its log:\n" + "\n".join(lines[-20:])
         )
 
 
+def _folder_for_log() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="helpers-service-"))
+    except OSError as error:
+        raise ServiceUnavailable(
+            f"The service has no folder for its log ({error.strerror or error}). "
+            "Set TMPDIR to a folder that you can write to, with free space."
+        ) from error
+
+
 def _environment() -> dict[str, str]:
     """Return the environment of a service's process."""
-    path = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
     environment = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # the working directory may hold another `helpers`
-        "PYTHONPATH": path,
+        "PYTHONUTF8": "1",  # reads a model's path in a locale that knows ASCII only
         "TQDM_POSITION": "-1",  # huggingface_hub then shows its bars in a log too, and `progress` passes them on
     }
+    if environment.get("PYTHONOPTIMIZE", "") not in ("", "0"):
+        environment["PYTHONOPTIMIZE"] = "1"  # 2 removes the docstrings, which transformers needs
     if (token := find_token()) and token.usable:
         environment["HF_TOKEN"] = token.value  # not as an argument, which every user of the machine can see
     return environment

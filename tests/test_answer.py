@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
@@ -216,6 +218,33 @@ def test_an_answer_from_a_file_has_ended_and_asks_nothing() -> None:
     assert (answer.text, answer.finish_reason, answer.error) == ("Hello", "error", "ServiceUnavailable: gone")
     with pytest.raises(RuntimeError):
         list(answer)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda answer: pickle.loads(pickle.dumps(answer))])
+def test_an_answer_that_has_ended_can_be_copied_and_pickled(copied: Any) -> None:
+    answer = answer_of(*tokens("Hello", " world"), last("length", dropped_turns=1), on_end=lambda _: None)
+    list(answer)
+    other = copied(answer)
+    assert other is not answer
+    assert (str(other), repr(other), other.summary) == (str(answer), repr(answer), answer.summary)
+    assert (other.prompt_tokens, other.error) == (5, None)
+    other.stop()
+    with pytest.raises(RuntimeError, match="has been read already"):
+        list(other)
+    assert copied(other).finish_reason == "length"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_answer_that_has_not_ended_cannot_be_copied(copied: Any) -> None:
+    answer = answer_of(*tokens("Hello", " world"), last("stop"))
+    with pytest.raises(TypeError, match="has not ended cannot be copied. Read it"):
+        copied(answer)
+    for _ in answer:
+        with pytest.raises(TypeError, match="has not ended cannot be copied. Read it"):
+            copied(answer)
+        answer.stop()
+        copied(answer)
+    assert answer.finish_reason == "cancelled"
 
 
 def test_every_finish_reason_of_the_wire_has_words() -> None:

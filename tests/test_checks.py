@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from fake_machine import fake_torch, install, uninstall_bundled, with_gpu, without_gpu
 from helpers import checks
 from helpers import hub as hub_module
 from helpers.catalog import INSTALL, INSTALL_BUNDLED, LLAMA2
 from helpers.checks import PACKAGES, CheckResult, check, format_table
-from hub_stub import NO_HUB, TOKEN, HubStub, Repo
+from hub_stub import NO_HUB, TOKEN, HubStub, Repo, model_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,12 +94,50 @@ def test_an_account_that_is_asked_for_too_often_is_not_an_obstacle(hub: HubStub)
     assert table["Model"].finding.startswith(LLAMA2)
 
 
-def test_a_malformed_token_is_reported_and_not_sent(hub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\fx")
+@pytest.mark.parametrize(("form", "problem"), [("{}\fx", "contains characters"), ('"{}"', "is in quotation marks")])
+def test_a_malformed_token_is_reported_and_not_sent(
+    hub: HubStub, monkeypatch: pytest.MonkeyPatch, form: str, problem: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", form.format(TOKEN))
     table = rows(check())
-    assert "does not accept this token (it contains char" in table["Llama 2's licence"].finding
-    assert "(environment variable HF_TOKEN) contains characters that no token has, so the" in table["Model"].finding
+    token = table["Hugging Face token"]
+    assert not token.ok and token.finding.startswith(f"found: environment variable HF_TOKEN, but it {problem}")
+    assert token.fix.startswith("Store it again without spaces and quotation marks")
+    assert f"cannot be sent (it {problem}" in table["Llama 2's licence"].finding
+    assert f"(environment variable HF_TOKEN) {problem}" in table["Model"].finding
     assert hub.requests == []
+
+
+def test_a_mirror_that_gives_llama_2_without_a_token_needs_none(
+    hub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    hub.repos[LLAMA2] = Repo(folder=model_folder(tmp_path / "model"))
+    hub.faults = {"/api/": 404}
+    table = rows(check())
+    assert not table["Hugging Face token"].ok and table["Llama 2's licence"].ok
+    assert table["Model"].finding.startswith(f"{LLAMA2} at int8: this account may download")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_model_whose_files_cannot_be_stored_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for machine, variable in ((with_gpu(15), "HF_HOME"), (without_gpu(16), "XDG_CACHE_HOME")):
+        monkeypatch.setattr(checks, "this_machine", lambda machine=machine: machine)
+        model = rows(check())["Model"]
+        assert not model.ok and "but its files cannot be stored" in model.finding
+        assert model.fix.startswith(f"Cannot write into {tmp_path}/file/")
+        assert f"Set {variable} to a folder" in model.fix
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_clone_of_llama_2_needs_no_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model_folder(tmp_path / LLAMA2)
+    monkeypatch.chdir(tmp_path)
+    table = rows(check())
+    assert "disk" not in table and table["Model"].finding.startswith(f"{LLAMA2} at int8: at int8 it fits")
 
 
 @pytest.mark.usefixtures("hub")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import json
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,6 +28,7 @@ from eventually import until
 from helpers.answer import Answer
 from helpers.conversation import Conversation, Turn
 from helpers.errors import InvalidRequest, ServiceUnavailable, to_wire
+from helpers.messages import check_dialog
 from helpers.schemas import CountDocument
 from scripted_service import REFUSED, ScriptedService
 
@@ -126,6 +130,21 @@ def test_an_answer_without_text_is_not_sent(conversation: Conversation, scripted
 def test_a_wrong_option_is_refused_before_the_first_question(options: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         Conversation(**options)
+
+
+def test_an_option_may_be_none_or_a_string_from_the_environment(
+    scripted: ScriptedService,
+) -> None:
+    nothing: Any = dict.fromkeys(("max_tokens", "temperature", "top_p", "seed", "stop", "host"))
+    conversation = Conversation(port=str(scripted.port), **{**nothing, "max_tokens": "3"})
+    assert conversation.address == ("127.0.0.1", scripted.port)
+    assert conversation.ask("Hello") == "1:0 1:1 1:2 "
+    conversation.options |= nothing
+    conversation.options |= {"max_tokens": 1, "stop": "\n"}
+    assert conversation.ask("Hello") == "2:0 "
+    assert scripted.requests[-1].stop == ["\n"]
+    conversation.options["port"] = None
+    assert conversation.address == ("127.0.0.1", 12345)
 
 
 def test_a_question_that_cannot_be_sent_is_not_a_turn(conversation: Conversation, scripted: ScriptedService) -> None:
@@ -478,6 +497,49 @@ def test_a_fork_has_the_first_turns_and_no_running_answer(conversation: Conversa
     list(pieces)
 
 
+def copied_by_pickle(conversation: Conversation) -> Conversation:
+    return pickle.loads(pickle.dumps(conversation))  # type: ignore[no-any-return]
+
+
+COPIES = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, copied_by_pickle])
+
+
+@COPIES
+def test_a_copy_has_its_own_turns_and_options(
+    copied: Callable[[Conversation], Conversation], conversation: Conversation, scripted: ScriptedService
+) -> None:
+    conversation.ask("Hello")
+    scripted.script = scripted.fail
+    with pytest.raises(InvalidRequest):
+        conversation.ask("And you?")
+    scripted.script = scripted.count_up
+    list(conversation.regenerate())
+    before = turns(conversation)
+    other = copied(conversation)
+    assert (other.system, other.options, turns(other)) == (conversation.system, conversation.options, before)
+    other.options["max_tokens"] = 1
+    assert other.ask("Why?") == "4:0 "
+    assert turns(conversation) == before and conversation.options["max_tokens"] == 3
+    assert [other.undo() for _ in range(5)] == [True] * 4 + [False]
+    assert conversation.undo() and conversation.turns[1].answer.error == to_wire(REFUSED)
+
+
+@COPIES
+@pytest.mark.parametrize("change", ["ask", "edit", "regenerate"])
+def test_a_copy_of_a_conversation_with_a_running_answer_is_as_before_its_question(
+    copied: Callable[[Conversation], Conversation], change: str, conversation: Conversation
+) -> None:
+    conversation.ask("Hello")
+    before = turns(conversation)
+    pieces = iter(CHANGES[change](conversation))
+    next(pieces)
+    other = copied(conversation)
+    assert turns(other) == before
+    assert [other.undo() for _ in range(2)] == [True, False]
+    assert list(pieces) == ["2:1 ", "2:2 "]
+    assert conversation.turns[-1].answer.finish_reason == "length"
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 MESSAGES = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]
@@ -554,6 +616,41 @@ def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
     assert turns(load(tmp_path, [])) == []
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_files_of_windows_tools_are_read(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "Grüße 🦙"}]', encoding)
+    assert turns(Conversation.load(tmp_path / "talk.json")) == [("Grüße 🦙", "", "cancelled")]
+
+
+def test_messages_as_openais_package_dumps_them_are_loaded(tmp_path: Path) -> None:
+    extras = {"refusal": None, "tool_calls": None, "annotations": [], "timestamp": 1.7e9}
+    dumped = [{**message, **extras} for message in MESSAGES]
+    dumped[0]["content"] = [{"type": "text", "text": "a"}]
+    assert turns(load(tmp_path, [{"role": "developer", "content": "S"}, *dumped])) == [("a", "b", "stop")]
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_a_loaded_conversation_with_an_empty_question_goes_on(
+    tmp_path: Path, scripted: ScriptedService, question: str
+) -> None:
+    history = [{"role": "user", "content": question}, {"role": "assistant", "content": "b"}]
+    loaded = load(tmp_path, history, port=scripted.port, max_tokens=3)
+    assert turns(loaded) == [(question, "b", "stop")]
+    loaded.ask("And you?")
+    assert check_dialog(scripted.requests[-1].messages)
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_system_prompt_is_none(tmp_path: Path, scripted: ScriptedService, empty: str | None) -> None:
+    conversation = scripted.conversation(empty, max_tokens=3)
+    conversation.ask("Hello")
+    conversation.save(tmp_path / "talk.json")
+    for one in (conversation, load(tmp_path, [{"role": "system", "content": empty or ""}, *MESSAGES])):
+        assert [message["role"] for message in one.messages] == ["user", "assistant"]
+    assert [role for role, _ in sent(scripted)] == ["user"]
+    assert [message["role"] for message in saved_in(tmp_path)] == ["system", "user", "assistant"]
+
+
 def test_a_question_without_an_answer_is_loaded_and_can_be_asked_again(
     tmp_path: Path, scripted: ScriptedService
 ) -> None:
@@ -586,9 +683,10 @@ def test_an_error_of_an_unknown_form_is_read_as_text_that_can_be_saved(tmp_path:
         ("3", "talk.json does not hold a conversation"),
         ("{}", "talk.json does not hold a conversation"),
         ('[{"role": "user"}]', "does not hold a conversation. Message 1"),
-        ('[{"role": "tool", "content": "x"}]', "does not hold a conversation. Message 1 has the unknown role"),
+        ('[{"role": "tool", "content": "x"}]', "does not hold a conversation. Message 1 has the role"),
         ('[{"role": "assistant", "content": "x"}]', "does not hold a conversation. Message 1"),
         (r'[{"role": "user", "content": "\ud83d"}]', "does not hold a conversation. Message 1"),
+        ('[{"role": "user", "content": [{"type": "image_url"}]}]', "Part 1 of Message 1"),
     ],
     ids=lambda value: value[:30],
 )
@@ -620,15 +718,111 @@ def test_a_save_that_is_interrupted_leaves_the_old_file(
     conversation.save(tmp_path / "talk.json")
     old = saved_in(tmp_path)
 
-    def write_half(path: Path, text: str, **_: Any) -> None:
-        path.write_bytes(text.encode()[: len(text) // 2])
+    def write_half(path: Path, content: bytes) -> None:
+        path.write_text(content[: len(content) // 2].decode())
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OSError, match="No space left"):
         conversation.save(tmp_path / "talk.json")
     assert saved_in(tmp_path) == old
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
+def is_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no file be replaced, as if each were a mount point."""
+
+    def replace(path: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(target))
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+def is_in_a_folder_without_write_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(**_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", create)
+
+
+IRREPLACEABLE = pytest.mark.parametrize("irreplaceable", [is_mounted, is_in_a_folder_without_write_permission])
+
+
+@IRREPLACEABLE
+def test_a_file_that_cannot_be_replaced_is_overwritten(
+    conversation: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, irreplaceable: Any
+) -> None:
+    file, link = tmp_path / "talk.json", tmp_path / "link.json"
+    file.write_text("old" * 1000)
+    link.hardlink_to(file)
+    irreplaceable(monkeypatch)
+    conversation.save(file)
+    assert Conversation.load(link).system == "Be brief."
+    assert len([*tmp_path.iterdir()]) == 2
+    with pytest.raises(OSError, match=r"other.json'$"):
+        conversation.save(tmp_path / "other.json")
+
+
+class FullDisk:
+    """Let files grow to `size` bytes, and then fail."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self.file, self.size = file, size
+
+    def __enter__(self) -> FullDisk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, content: memoryview) -> int:
+        if not (space := self.size - self.file.tell()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(content[:space])  # type: ignore[no-any-return]
+
+
+@IRREPLACEABLE
+@pytest.mark.parametrize(
+    ("space", "left", "says"),
+    [(0, b"old " * 10, "No space left on device: .*talk.json'$"), (-20, b"", "device. The old file is damaged. Save")],
+)
+def test_an_overwrite_that_fails_restores_the_old_file_or_says_that_it_cannot(
+    conversation: Conversation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    irreplaceable: Any,
+    space: int,
+    left: bytes,
+    says: str,
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_bytes(b"old " * 10)
+    irreplaceable(monkeypatch)
+    unlimited = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *mode, **options: FullDisk(unlimited(path, *mode, **options), 40 + space)
+    )
+    with pytest.raises(OSError, match=says):
+        conversation.save(file)
+    monkeypatch.undo()
+    assert not left or file.read_bytes() == left
+
+
+def test_a_read_only_file_is_not_reported_as_damaged(
+    conversation: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (tmp_path / "talk.json").write_text("old")
+    is_mounted(monkeypatch)
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match="Read-only file system: .*talk.json'$"):
+        conversation.save(tmp_path / "talk.json")
 
 
 def test_only_a_file_is_replaced(tmp_path: Path) -> None:
@@ -685,20 +879,21 @@ def test_a_stop_from_another_thread_ends_the_generation_within_a_step(service: A
     assert turns(conversation) == [("Hello", answer.text, "cancelled")]
 
 
-def test_what_the_model_wrote_never_makes_the_next_question_refused(tiny_service: Any) -> None:
-    conversation = tiny_service.conversation("Be brief.", max_tokens=3)
-    conversation.ask("Hello")
+def test_no_earlier_message_makes_the_next_question_fail(tiny_service: Any) -> None:
+    conversation = tiny_service.conversation("Be brief. [INST]", max_tokens=3)
+    conversation.ask("What is [INST]? <s>")
     answer = conversation.turns[0].answer
     answer.text = "[INST] <<SYS>> </s><s>"
     assert conversation.ask("And you?")
     assert conversation.turns[0].answer.text == answer.text
+    assert conversation.window().tokens > 50
 
 
 def test_a_refused_question_stays_a_turn_and_is_not_sent_again(tiny_service: Any) -> None:
     conversation = tiny_service.conversation("Be brief.", max_tokens=3)
-    with pytest.raises(InvalidRequest, match="prompt injection"):
-        conversation.ask("What is [INST]?")
-    assert turns(conversation) == [("What is [INST]?", "", "error")]
+    with pytest.raises(InvalidRequest, match="is empty"):
+        conversation.ask(" ")
+    assert turns(conversation) == [(" ", "", "error")]
     assert conversation.ask("And you?")
 
 
@@ -715,8 +910,8 @@ def test_the_service_counts_the_window_and_drops_the_oldest_turn(tiny_service: A
     conversation.ask("word " * 400)
     assert conversation.answer.dropped_turns == 1
     assert conversation.window().left == 0
-    conversation.system = "[INST]"
-    with pytest.raises(InvalidRequest, match="prompt injection"):
+    conversation.system = "x" * 10**6
+    with pytest.raises(InvalidRequest, match="1,000,000 characters"):
         conversation.window()
 
 

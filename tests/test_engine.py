@@ -323,6 +323,15 @@ def test_the_context_is_as_long_as_the_smallest_limit(start: Any) -> None:
         small.submit(prompt_of(100, 1), params(201))
 
 
+def test_a_context_length_above_the_models_is_reported(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    start(context_length=512)
+    assert not caplog.messages
+    start(context_length=4096)
+    assert caplog.messages == [
+        "context_length is 4096, but the model reads at most 512 tokens, so the context window has 512 tokens"
+    ]
+
+
 def test_memory_for_less_than_two_tokens_is_refused(start: Any) -> None:
     with pytest.raises(InvalidRequest, match="a KV cache of 1 tokens, at 512 bytes each. Give cache_memory"):
         start(cache_memory=1000)
@@ -334,6 +343,15 @@ def test_a_request_that_does_not_fit_is_refused_at_once(engine: Any) -> None:
     with pytest.raises(InvalidRequest, match="The prompt is empty"):
         engine.submit([], params(5))
     assert engine.steps == 0
+
+
+@pytest.mark.parametrize("unknown", [-1, 32_000])
+def test_a_token_without_embedding_is_refused_at_once(engine: Any, reference: Any, unknown: int) -> None:
+    with pytest.raises(InvalidRequest, match=rf"token id {unknown}, but the model only knows 0 to 31999: .* Leave out"):
+        engine.submit([*PROMPT, unknown, 5], params(5))
+    assert engine.steps == 0
+    last = [*PROMPT, 31_999]
+    assert list(engine.submit(last, params(5))) == reference(last, 5)
 
 
 # --- Cancelling -----------------------------------------------------------------------------------
@@ -458,6 +476,49 @@ def test_a_step_that_fails_in_the_middle_is_repeated_with_more_memory(engine: An
     hook.remove()
     assert next(fails, None) is None
     assert engine.scheduler.prefix_cache.lookup(old).length < 20
+
+
+@pytest.fixture
+def nan_at(torch: Any, engine_model: Any) -> Iterator[Callable[[int], None]]:
+    """Make the embedding of a token id NaN, as a damaged weight does."""
+    weight, changed = engine_model.model.get_input_embeddings().weight.data, {}
+
+    def nan_at(token_id: int) -> None:
+        changed[token_id] = weight[token_id].clone()
+        weight[token_id] = torch.nan
+
+    yield nan_at
+    for token_id, row in changed.items():
+        weight[token_id] = row
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_of_nan_fail_their_request_and_no_other(
+    engine: Any, reference: Any, gate: Gate, nan_at: Any, temperature: float
+) -> None:
+    poison = 31_000
+    nan_at(poison)
+    prompts = [prompt_of(50, n) for n in range(3)]
+    broken = [[*prompt_of(40, 8), poison], [*prompt_of(100, 9), poison, *prompt_of(100, 9)]]  # here in one of 2 chunks
+    with gate.shut():
+        streams = [engine.submit(prompt, params(10)) for prompt in prompts]
+        failing = [engine.submit(prompt, params(10, temperature=temperature)) for prompt in broken]
+    for stream in failing:
+        with pytest.raises(GenerationFailed, match=r"failed after 0 tokens .*NaN or infinite.* Serve it with --precis"):
+            list(stream)
+    assert [list(stream) for stream in streams] == [reference(prompt, 10) for prompt in prompts]
+    same_prefix = broken[1][:100]
+    assert list(engine.submit(same_prefix, params(10))) == reference(same_prefix, 10)
+
+
+def test_logits_of_nan_end_an_answer_after_its_tokens(engine: Any, reference: Any, nan_at: Any) -> None:
+    expected = reference(PROMPT, 10)
+    nan_at(expected[3])
+    stream, received = engine.submit(PROMPT, params(10)), []
+    with pytest.raises(GenerationFailed, match="failed after 4 tokens"):
+        for token_id in stream:
+            received.append(token_id)
+    assert received == expected[:4]
 
 
 def test_a_failing_sampler_is_the_failure_of_one_request(

@@ -17,7 +17,8 @@ pytest.importorskip("transformers", reason="the executor needs the packages that
 from helpers import prompts
 from helpers.errors import InvalidRequest, ModelUnavailable
 from helpers.executor import ChatRequest, PromptRequest, TokenStreamingExecutor
-from helpers.schemas import ModelOutputDocument, PromptDocument
+from helpers.schemas import ModelOutputDocument, PromptDocument, SamplingDocument
+from helpers.sequence import TokenStream
 
 DIALOG = [{"role": "user", "content": "What is a token?"}]
 
@@ -70,13 +71,36 @@ def received(endpoint: AsyncIterator[Any]) -> list[Any]:
     return asyncio.run(read())
 
 
+def text_of(documents: list[Any]) -> str:
+    """Return the text of a stream."""
+    return "".join(document.generated_text for document in documents)
+
+
+@pytest.fixture
+def say(executor: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Let the model of `executor` answer with the given tokens."""
+
+    def say(tokens: list[str]) -> None:
+        def submit(prompt_ids: list[int], params: Any) -> TokenStream:
+            stream = TokenStream()
+            for token_id in executor.chat_model.tokenizer.convert_tokens_to_ids(tokens):
+                stream.put(token_id)
+            stream.end("length")
+            return stream
+
+        monkeypatch.setattr(executor.engine, "submit", submit)
+
+    return say
+
+
 def test_each_token_is_a_document_and_the_last_one_carries_the_usage(executor: Any, tiny: Any) -> None:
     *tokens, last = received(executor.task(prompt()))
     assert len(tokens) == 10
     ids = [document.token_id for document in tokens]
-    text = "".join(document.generated_text for document in [*tokens, last])
-    assert text == tiny.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    prompt_tokens = len(prompts.token_ids("[INST] Hello [/INST]", tiny.tokenizer))
+    text = text_of([*tokens, last])
+    prompt_ids = prompts.token_ids("[INST] Hello [/INST]", tiny.tokenizer)
+    assert tiny.tokenizer.decode(prompt_ids) + text == tiny.tokenizer.decode(prompt_ids + ids)
+    prompt_tokens = len(prompt_ids)
     assert (last.token_id, last.finish_reason, last.completion_tokens) == (-1, "length", 10)
     assert (last.prompt_tokens, last.dropped_turns, last.error) == (prompt_tokens, 0, None)
     assert [document.prompt_tokens for document in tokens] == [prompt_tokens, *[None] * 9]
@@ -84,12 +108,37 @@ def test_each_token_is_a_document_and_the_last_one_carries_the_usage(executor: A
 
 
 def test_a_stop_string_ends_the_answer(executor: Any) -> None:
-    text = "".join(document.generated_text for document in received(executor.task(prompt())))
+    text = text_of(received(executor.task(prompt())))
     stop = text[5:8]
     *_, last = stopped = received(executor.task(prompt(stop=[stop])))
-    assert "".join(document.generated_text for document in stopped) == text[: text.index(stop)]
+    assert text_of(stopped) == text[: text.index(stop)]
     assert last.finish_reason == "stop"
     assert last.completion_tokens == len(stopped) - 1 < 10
+
+
+def test_a_stop_string_may_be_a_token_that_is_not_shown(executor: Any, say: Any) -> None:
+    say(["▁By", "e", ".", "<s>", "user"])
+    assert text_of(received(executor.chat(dialog()))) == "Bye.user"
+    request = ChatRequest(messages=DIALOG, max_tokens=10, stop=["<s>user"])
+    *_, last = stopped = received(executor.chat(request))
+    assert (text_of(stopped), last.finish_reason, last.completion_tokens) == ("Bye.", "stop", 5)
+    request = ChatRequest(messages=DIALOG, max_tokens=10, stop=["<s>"])
+    *_, last = stopped = received(executor.chat(request))
+    assert (text_of(stopped), last.finish_reason, last.completion_tokens) == ("Bye.", "stop", 4)
+
+
+def test_a_continuation_begins_with_the_space_of_its_first_word_and_an_answer_does_not(executor: Any, say: Any) -> None:
+    say(["▁there", "▁was"])
+    assert text_of(received(executor.task(prompt("Once upon a time")))) == " there was"
+    assert text_of(received(executor.chat(dialog()))) == "there was"
+    say(["▁▁", "▁there"])
+    assert text_of(received(executor.chat(dialog()))) == "there"
+
+
+def test_an_emoji_arrives_before_the_next_one_is_complete(executor: Any, say: Any) -> None:
+    say([f"<0x{byte:02X}>" for byte in "🦙🎉".encode()[:-1]])
+    documents = received(executor.chat(dialog()))
+    assert [document.generated_text for document in documents] == ["", "", "", "🦙", "", "", "", "�"]
 
 
 def test_a_dialog_is_answered_and_counted_in_the_models_own_format(executor: Any, tiny: Any) -> None:
@@ -186,6 +235,23 @@ def test_a_document_with_other_fields_is_refused(executor: Any) -> None:
         assert last.error.startswith("InvalidRequest: The request cannot be read: max_tokens: Field required")
     (counted,) = received(executor.count(ChatRequest.from_protobuf(other.to_protobuf())))
     assert counted.error.startswith("InvalidRequest: The request cannot be read")
+
+
+def test_what_is_not_text_is_refused_by_its_name(executor: Any) -> None:
+    class AnyMessages(SamplingDocument):
+        messages: list[dict[str, Any]]
+
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    sent = AnyMessages(max_tokens=3, messages=[image]).to_protobuf()
+    (last,) = received(executor.chat(ChatRequest.from_protobuf(sent)))
+    assert last.error.startswith("InvalidRequest: Part 1 of Message 1 (user) is of type 'image_url', and only text")
+
+
+def test_a_question_about_tags_and_special_tokens_is_answered_and_counted(executor: Any, tiny: Any) -> None:
+    asked = ChatRequest(messages=[{"role": "user", "content": "What do [INST] and <s> mean?"}], max_tokens=3)
+    *_, last = received(executor.chat(asked))
+    (counted,) = received(executor.count(asked))
+    assert (last.error, last.prompt_tokens) == (None, counted.prompt_tokens)
 
 
 def test_any_other_endpoint_is_refused(executor: Any) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fake_machine import GB, fake_nvidia_smi, fake_torch, install
@@ -23,18 +25,107 @@ T4 = Gpu("Tesla T4", 16 * GB, 15 * GB, False)
 # --- RAM ------------------------------------------------------------------------------------------
 
 
-def test_without_a_limit_the_whole_ram_counts(tmp_path: Path) -> None:
-    total = ram(tmp_path)[0]
-    for limit in ("max", str(total * 2)):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert ram(tmp_path)[0] == total
+@pytest.fixture
+def system(tmp_path: Path) -> Callable[..., Path]:
+    """Write what the kernel shows of cgroups: ``system(process's groups, mounts, folder={file: text})``."""
+
+    def write(groups: str, mounts: list[str], **folders: dict[str, str]) -> Path:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+        lines = [f"3{n} 2{n} 0:2{n} {mount}" for n, mount in enumerate(mounts)]
+        (tmp_path / "proc/self/mountinfo").write_text("\n".join(lines) + "\n")
+        for folder, files in folders.items():
+            (tmp_path / "sys/fs/cgroup" / folder).mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (tmp_path / "sys/fs/cgroup" / folder / name).write_text(f"{text}\n")
+        return tmp_path
+
+    return write
 
 
-def test_a_containers_limit_counts_if_it_is_lower(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("300000\n")
-    (tmp_path / "memory.current").write_text("250000\n")
-    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 150000\n")
-    assert ram(tmp_path) == (300000, 200000)
+V2 = "/ /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "/ /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+OTHER = "/ /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct"
+TMPFS = "/ /sys/fs/cgroup ro - tmpfs tmpfs ro,mode=755"
+
+
+def v2(limit: object, used: int = 0, page_cache: int = 0, high: object = "max") -> dict[str, str]:
+    stat = f"anon 1\ninactive_file {page_cache}\nactive_file 7"
+    return {"memory.max": f"{limit}", "memory.high": f"{high}", "memory.current": f"{used}", "memory.stat": stat}
+
+
+def v1(limit: int, used: int = 0, page_cache: int = 0) -> dict[str, str]:
+    stat = f"inactive_file 1\ntotal_inactive_file {page_cache}"
+    return {"memory.limit_in_bytes": f"{limit}", "memory.usage_in_bytes": f"{used}", "memory.stat": stat}
+
+
+def test_without_a_limit_the_whole_ram_counts(system: Any, tmp_path: Path) -> None:
+    total = psutil.virtual_memory().total
+    assert ram(tmp_path)[0] == total
+    unlimited = {".": v2("max"), "a": v2(total * 2), "memory": v1(9223372036854771712)}
+    assert ram(system("4:memory:/\n0::/a\n", [V2, V1], **unlimited))[0] == total
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "folders"),
+    [
+        pytest.param("0::/\n", [V2], {".": v2(300000, 250000, 150000)}, id="a container, version 2"),
+        pytest.param(
+            "0::/system.slice/run-1.scope\n",
+            [V2],
+            {"system.slice": v2("max"), "system.slice/run-1.scope": v2(300000, 250000, 150000)},
+            id="systemd-run",
+        ),
+        pytest.param(
+            "0::/user.slice/jupyter-anna.service\n",
+            [V2],
+            {"user.slice": v2("max"), "user.slice/jupyter-anna.service": v2("max", 250000, 150000, high=300000)},
+            id="systemd, MemoryHigh",
+        ),
+        pytest.param(
+            "0::/slurm/job_1/step_0/task_0\n",
+            [V2],
+            {"slurm/job_1": v2(300000, 250000, 150000), "slurm/job_1/step_0/task_0": v2("max", 9)},
+            id="a job of Slurm: the limit is of a group above",
+        ),
+        pytest.param(
+            "9:cpu,cpuacct:/other\n4:memory:/slurm/uid_0/job_1\n",
+            [TMPFS, OTHER, V1],
+            {"memory": v1(2**63 - 4096), "memory/slurm/uid_0/job_1": v1(300000, 250000, 150000), "cpu": v1(5)},
+            id="version 1",
+        ),
+        pytest.param(
+            "4:memory:/docker/0a1b\n0::/docker/0a1b\n",
+            [TMPFS, V1.replace("/ ", "/docker/0a1b ", 1)],
+            {"memory": v1(300000, 250000, 150000)},
+            id="a container of version 1, mounted from its group",
+        ),
+        pytest.param(
+            "4:memory:/a\n0::/b\n",
+            [TMPFS, V1, "/ /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"],
+            {"memory/a": v1(300000, 250000, 150000), "unified/b": {}},
+            id="both versions",
+        ),
+        pytest.param("0::/../elsewhere\n", [V2], {".": v2(300000, 250000, 150000)}, id="a group outside the container"),
+        pytest.param(
+            "0::/a/b\n", [V2], {"a": v2(900000, 700000), "a/b": v2(300000, 100000)}, id="the one above is fuller"
+        ),
+    ],
+)
+def test_the_lowest_limit_of_the_process_and_the_groups_above_counts(
+    system: Any, groups: str, mounts: list[str], folders: dict[str, dict[str, str]]
+) -> None:
+    assert ram(system(groups, mounts, **folders)) == (300000, 200000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Only Linux enforces these limits.")
+@pytest.mark.parametrize("option", ["-v", "-d"])
+def test_a_limit_of_the_shell_counts(option: str) -> None:
+    code = "from helpers.hardware import ram; print(*ram())"
+    shell = f"ulimit {option} 4000000 && exec '{sys.executable}' -c '{code}'"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    total, available = map(int, done.stdout.split())
+    assert total == 4000000 * 1024 and available < total
 
 
 # --- The GPU --------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -16,7 +18,7 @@ from huggingface_hub import constants
 from helpers import hub as hub_module
 from helpers.catalog import LLAMA2
 from helpers.hub import HubAccess, Licence, Token, find_token, hub_access
-from hub_stub import MALFORMED, NO_HUB, TOKEN, HubStub, Repo
+from hub_stub import MALFORMED, NO_HUB, TOKEN, HubStub, Repo, model_folder
 
 NARROW = f"hf_{secrets.token_hex(17)}"
 TOKENS = {"alice": TOKEN, "narrow": NARROW, "unknown": TOKEN[:-1]}
@@ -69,7 +71,7 @@ def test_a_granted_model_has_a_user_its_parameters_and_nothing_to_fix(hub: HubSt
         ("narrow", "org/granted", Licence.TOKEN_TOO_NARROW, "bob"),
         (None, "org/granted", Licence.NO_TOKEN, None),
         (None, "org/missing", Licence.MISSING, None),
-        (None, LLAMA2, Licence.NO_TOKEN, None),
+        (None, LLAMA2, Licence.MISSING, None),
     ],
 )
 def test_each_licence_is_told_apart_and_has_a_fix(
@@ -126,9 +128,57 @@ def test_offline_the_hub_is_not_asked(hub: HubStub, monkeypatch: pytest.MonkeyPa
     assert hub.requests == []
 
 
-def test_without_a_token_the_hub_is_not_asked_about_llama_2(hub: HubStub) -> None:
+def test_without_a_token_hugging_face_is_not_asked_about_llama_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr(hub_module, "_ask_hub", lambda *_: pytest.fail("the Hub was asked"))
     assert hub_access(None, LLAMA2).licence is Licence.NO_TOKEN
-    assert hub.requests == []
+
+
+# --- A mirror at HF_ENDPOINT ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def mirror(hub: HubStub, tmp_path: Path) -> HubStub:
+    """A mirror that has files, and no endpoint that tells the licence, the account or the size."""
+    for name, repo in hub.repos.items():
+        hub.repos[name] = replace(repo, folder=model_folder(tmp_path / name))
+    hub.repos[LLAMA2] = Repo(folder=model_folder(tmp_path / LLAMA2))
+    hub.faults = {"/api/": 404}
+    return hub
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 429, 501, 503])
+def test_a_mirror_without_the_licence_endpoint_grants_what_it_has(mirror: HubStub, status: int) -> None:
+    mirror.faults = {"/api/": status}
+    assert hub_access(ALICE, "org/granted") == HubAccess("org/granted", Licence.GRANTED)
+    assert hub_access(None, "org/public") == HubAccess("org/public", Licence.GRANTED)
+    assert {request.token for request in mirror.requests if "public" in request.path} == {None}
+
+
+def test_a_mirror_may_give_llama_2_without_a_token(mirror: HubStub) -> None:
+    assert hub_access(None, LLAMA2).licence is Licence.GRANTED
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "licence"),
+    [
+        ("alice", "org/pending", Licence.REQUESTED),
+        ("alice", "org/never-asked", Licence.NEVER_ASKED),
+        ("narrow", "org/granted", Licence.TOKEN_TOO_NARROW),
+        ("unknown", "org/granted", Licence.TOKEN_REFUSED),
+        ("alice", "org/missing", Licence.UNREACHABLE),
+        (None, "org/granted", Licence.NO_TOKEN),
+    ],
+)
+def test_a_mirror_that_refuses_a_file_is_believed(
+    mirror: HubStub, token: str | None, repo_id: str, licence: Licence
+) -> None:
+    assert hub_access(token and Token("a test", TOKENS[token]), repo_id).licence is licence
+
+
+def test_a_page_for_people_is_not_a_file_of_a_mirror(mirror: HubStub) -> None:
+    mirror.faults = {"/api/": 404, "/resolve/": "html"}
+    assert hub_access(ALICE, "org/granted").licence is Licence.UNREACHABLE
 
 
 @pytest.mark.parametrize(("repo_id", "licence"), [("org/granted", Licence.GRANTED), ("org/pending", Licence.REQUESTED)])
@@ -165,13 +215,23 @@ def test_a_token_does_not_show_its_value(show: Callable[[Token], str]) -> None:
     assert TOKEN not in show(ALICE)
 
 
-@pytest.mark.parametrize("form", MALFORMED)
-def test_a_malformed_token_is_not_sent(hub: HubStub, form: str) -> None:
+@pytest.mark.parametrize(("form", "problem"), MALFORMED.items())
+def test_a_malformed_token_is_not_sent_and_its_problem_is_named(hub: HubStub, form: str, problem: str) -> None:
     access = hub_access(Token("a test", form.format(TOKEN)), "org/granted")
-    assert access.licence is Licence.TOKEN_REFUSED
-    assert "it contains characters that no token has" in access.finding
+    assert access.licence is Licence.TOKEN_MALFORMED
+    assert re.search(rf"cannot be sent \(it {problem}\)$", access.finding)
+    assert access.fix.startswith("Store it again without spaces and quotation marks")
     assert TOKEN not in access.finding
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("value", ["hf_a1", "api_b2", "eyJhbGciOi.eyJpc3Mi.c2ln-bmF0_dXJl", "YWJj+/ZGVm=="])
+def test_every_token_that_a_header_may_carry_is_sent(hub: HubStub, value: str) -> None:
+    assert Token("a test", value).usable
+    access = hub_access(Token("a test", value), "org/granted")
+    assert access.licence is Licence.TOKEN_REFUSED
+    assert ("it does not begin with hf_" in access.finding) is not value.startswith("hf_")
+    assert hub.requests
 
 
 def test_what_the_http_client_says_is_not_quoted(hub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:

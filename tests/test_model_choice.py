@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -165,6 +166,39 @@ def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
         choose(str(tmp_path), machine=without_gpu(16))
 
 
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder in the working directory that has the name of Llama 2 on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_choice, "hub_access", lambda *_: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(model_choice, "find_token", lambda: pytest.fail("the token was asked for"))
+    return model_folder(tmp_path / LLAMA2)
+
+
+@pytest.mark.parametrize("model", [LLAMA2, "auto"])
+@pytest.mark.usefixtures("clone")
+def test_a_folder_named_as_a_model_of_the_hub_comes_before_the_hub(model: str) -> None:
+    choice = choose(model, machine=with_gpu(1))
+    assert (choice.model, choice.precision, choice.device) == (LLAMA2, "int8", "cuda")
+    assert choice.why == "at int8 it fits the GPU (needs 0.5 GB, 1.0 GB free)"
+
+
+def test_a_clone_without_its_large_files_says_how_to_get_them(clone: Path) -> None:
+    (clone / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 9\n")
+    finding = f"{LLAMA2}/model.safetensors is only a git-lfs pointer, not the file itself"
+    with pytest.raises(ModelUnavailable, match=rf"^{finding}\. Run `git lfs pull` in {LLAMA2}\.$"):
+        choose(LLAMA2, machine=with_gpu(15))
+    choice = choose(machine=with_gpu(15))
+    assert choice.model == BUNDLED and choice.why.startswith(f"{finding}, so the bundled SmolLM2")
+
+
+def test_the_bundled_models_name_never_means_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every error recommends it as the model that always works."""
+    (tmp_path / BUNDLED).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert choose(BUNDLED, machine=without_gpu(16)).model == BUNDLED
+
+
 def test_a_missing_bundled_model_is_refused_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     uninstall_bundled(monkeypatch)
     for model in ("auto", BUNDLED):
@@ -175,25 +209,26 @@ def test_a_missing_bundled_model_is_refused_with_its_installation(monkeypatch: p
 # --- A malformed token ----------------------------------------------------------------------------
 
 
-@pytest.fixture(params=MALFORMED)
-def malformed_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set HF_TOKEN to what the Hub's client quotes in an error when it should send it."""
-    monkeypatch.setenv("HF_TOKEN", request.param.format(TOKEN))
+@pytest.fixture(params=MALFORMED.items())
+def malformed_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Set HF_TOKEN to a value that no header may carry, and return what is wrong with it."""
+    form, problem = request.param
+    monkeypatch.setenv("HF_TOKEN", form.format(TOKEN))
     monkeypatch.setattr("helpers.hub._ask_hub", lambda *_: pytest.fail("the Hub was asked"))
+    return str(problem)
 
 
 @pytest.mark.parametrize("hub", [None, GRANTED])
 @pytest.mark.parametrize("model", [LLAMA2, "org/cached", "org/not-cached"])
-@pytest.mark.usefixtures("malformed_token")
 def test_a_malformed_token_is_refused_for_every_model_of_the_hub(
-    model: str, hub: HubAccess | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    malformed_token: str, model: str, hub: HubAccess | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers sends the token for a cached model too, to ask for a newer version."""
     cached = model_folder(tmp_path / "model")
     monkeypatch.setattr("helpers.model_files.cached_folder", lambda name: cached if name == "org/cached" else None)
     message = (
-        rf"^Cannot use {model}: the Hugging Face token that was found \(environment variable HF_TOKEN\) contains "
-        r"characters that no token has\. Store it there again"
+        rf"^Cannot use {model}: the Hugging Face token that was found \(environment variable HF_TOKEN\) "
+        rf"{malformed_token}\. Store it again"
     )
     with pytest.raises(ModelUnavailable, match=message) as error:
         choose(model, machine=with_gpu(15), hub=hub)
@@ -201,11 +236,10 @@ def test_a_malformed_token_is_refused_for_every_model_of_the_hub(
 
 
 @pytest.mark.parametrize("hub", [None, GRANTED])
-@pytest.mark.usefixtures("malformed_token")
-def test_with_a_malformed_token_auto_is_the_bundled_model(hub: HubAccess | None) -> None:
+def test_with_a_malformed_token_auto_is_the_bundled_model(malformed_token: str, hub: HubAccess | None) -> None:
     choice = choose(machine=with_gpu(15), hub=hub)
     assert choice.model == BUNDLED
-    assert "HF_TOKEN) contains characters that no token has, so the bundled" in choice.why
+    assert re.search(rf"HF_TOKEN\) {malformed_token}, so the bundled", choice.why)
     assert TOKEN not in choice.why
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from helpers.catalog import BUNDLED, LLAMA2
 from helpers.errors import ModelUnavailable
-from helpers.model_files import cached_folder, parameters_of
+from helpers.model_files import cached_folder, check_files, local_folder, parameters_of
 from hub_stub import COMMIT, TOKEN, HubStub, Repo, model_folder
 
 
@@ -46,7 +46,17 @@ def test_bin_files_are_estimated_by_their_size(tmp_path: Path, config: str, expe
     assert parameters_of(str(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere/at/all"])
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = model_folder(tmp_path / "models" / "x")
+    assert local_folder("~/models/x") == folder
+    assert parameters_of("~/models/x") == 10
+
+
+PATHS = ["/no/such/folder", "./nowhere", "~/nowhere/at/all", "a/b/c", "https://huggingface.co/org/small", "a folder"]
+
+
+@pytest.mark.parametrize("name", PATHS)
 def test_a_path_without_a_folder_is_refused(name: str) -> None:
     with pytest.raises(ModelUnavailable, match=f"^There is no folder {name}. Check the path, or use the bundled"):
         parameters_of(name)
@@ -55,6 +65,82 @@ def test_a_path_without_a_folder_is_refused(name: str) -> None:
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match=r"has no config\.json, so it is not a model\."):
         parameters_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_an_empty_name_is_refused(name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=r"^The name of the model is empty\."):
+        parameters_of(name)
+
+
+def test_a_file_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelUnavailable, match=f"^{tmp_path}/model.gguf is a file, not a folder. Name a folder"):
+        parameters_of(str(tmp_path / "model.gguf"))
+
+
+def test_a_name_that_python_could_not_decode_is_refused_with_the_variable() -> None:
+    """Python decodes an argument in UTF-8 to such a name if the locale is C."""
+    with pytest.raises(ModelUnavailable, match=r"name './mod\\udcc3\\udca8le' with .* Set PYTHONUTF8=1") as error:
+        parameters_of("./modèle".encode().decode("ascii", "surrogateescape"))
+    assert str(error.value).isascii()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b2c\nsize 13476839424\n"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_git_lfs_pointers_instead_of_weights_are_refused(tmp_path: Path, parts: int) -> None:
+    folder = model_folder(tmp_path / "model", parts=parts)
+    weights = max(folder.glob("*.safetensors"))
+    weights.write_text(POINTER)
+    with pytest.raises(ModelUnavailable, match=f"^{weights} is only a .* Run `git lfs pull` in {folder}.$"):
+        parameters_of(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_instead_of_a_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ModelUnavailable, match=f"^{folder / name} is only a git-lfs pointer, not the file itself"):
+        check_files(folder)
+
+
+def test_files_that_the_model_does_not_need_may_be_pointers_or_damaged(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    for name in ("consolidated.00.pth", "pytorch_model.bin", "trainer_state.json", "tf_model.h5"):
+        (folder / name).write_text(POINTER)
+    check_files(folder)
+    assert parameters_of(str(folder)) == 10
+
+
+JSON_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ['{"a": 1', "", "[]", "null", "\0\0", "<html>"])
+def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, content: str) -> None:
+    folder = model_folder(tmp_path / "model", parts=2)
+    (folder / name).write_text(content)
+    with pytest.raises(ModelUnavailable, match=f"^{folder / name} is damaged or cut off. Download the model again.$"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map"', "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_an_index_without_its_list_is_named(tmp_path: Path, content: str) -> None:
+    index = model_folder(tmp_path / "model", parts=2) / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ModelUnavailable, match=f"^{index} .*Download the model again"):
+        parameters_of(str(tmp_path / "model"))
+
+
+def test_a_damaged_file_in_the_cache_is_reported_with_the_folder_to_delete(tmp_path: Path) -> None:
+    """Hugging Face's client would reuse the damaged file."""
+    cached = tmp_path / "models--org--small"
+    folder = model_folder(cached / "snapshots" / COMMIT)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelUnavailable, match=rf"is damaged or cut off\. Delete the folder {cached}, and start again"):
+        check_files(folder)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -69,9 +155,10 @@ def test_a_folder_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
         parameters_of(str(tmp_path / "model"))
 
 
-def test_weights_that_are_cut_off_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 7, 20, -1])
+def test_weights_that_are_cut_off_are_refused(tmp_path: Path, kept: int) -> None:
     weights = model_folder(tmp_path / "model") / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:20])
+    weights.write_bytes(weights.read_bytes()[:kept])
     with pytest.raises(ModelUnavailable, match="damaged or cut off"):
         parameters_of(str(tmp_path / "model"))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import InvalidRequest
-from helpers.options import EngineArgs, SamplingParams, check_port
+from helpers.options import PORT, EngineArgs, SamplingParams, check_port, check_port_to_serve
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,10 @@ from helpers.options import EngineArgs, SamplingParams, check_port
         ({"top_p": float("nan")}, "top_p is nan. Choose a probability"),
         ({"seed": -1}, "seed is -1. Choose a whole number from 0 to 2**31 - 1."),
         ({"seed": 2**31}, "seed is 2147483648. Choose a whole number"),
+        ({"stop": ["a"] * 100_000}, "There are 100,000 stop strings. Give at most 16."),
+        ({"stop": ["a", "b" * 257]}, "A stop string has 257 characters. Give stop strings of at most 256 characters."),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_sampling_option_out_of_range_is_refused(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -39,8 +41,17 @@ def test_a_sampling_option_out_of_range_is_refused(wrong: dict[str, Any], senten
 
 @pytest.mark.parametrize(
     "right",
-    [{"max_tokens": 1}, {"temperature": 0}, {"temperature": 2.0}, {"top_p": 1}, {"top_p": 1e-9}, {"seed": 2**31 - 1}],
-    ids=str,
+    [
+        {"max_tokens": 1},
+        {"temperature": 0},
+        {"temperature": 1e-38},
+        {"temperature": 2.0},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"seed": 2**31 - 1},
+        {"stop": ["a" * 256] * 16},
+    ],
+    ids=lambda value: str(value)[:60],
 )
 def test_a_sampling_option_at_the_end_of_its_range_is_accepted(right: dict[str, Any]) -> None:
     SamplingParams(**right)
@@ -53,10 +64,17 @@ def test_a_sampling_option_at_the_end_of_its_range_is_accepted(right: dict[str, 
         ({"max_num_seqs": 0}, "max_num_seqs is 0. Choose at least 1."),
         ({"max_queue_size": -1}, "max_queue_size is -1. Choose at least 0."),
         ({"cache_memory": 0}, "cache_memory is 0. Choose at least 1 byte."),
+        ({"context_length": "1"}, "context_length is 1. Choose at least 2"),
+        ({"context_length": "4k"}, "context_length is '4k'. Give a whole number."),
+        ({"max_num_seqs": ""}, "max_num_seqs is ''. Give a whole number."),
+        ({"max_queue_size": 1.5}, "max_queue_size is 1.5. Give a whole number."),
+        ({"cache_memory": "1e9"}, "cache_memory is '1e9'. Give a whole number."),
+        ({"max_num_seqs": True}, "max_num_seqs is True. Give a whole number."),
+        ({"max_num_seqs": [1]}, "max_num_seqs is [1]. Give a whole number."),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
-def test_a_limit_under_which_nothing_can_run_is_refused(wrong: dict[str, int], sentence: str) -> None:
+def test_a_limit_under_which_nothing_can_run_is_refused(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         EngineArgs(**wrong)
     assert str(refused.value).startswith(sentence)
@@ -83,8 +101,33 @@ def test_every_limit_has_an_option_with_a_help_text() -> None:
         assert option in parser.format_help()
 
 
-@pytest.mark.parametrize("port", [0, -1, 65536, "12345", None, 1.5])
+def test_a_limit_may_be_a_string_from_the_environment_or_none() -> None:
+    from_environment: dict[str, Any] = {"context_length": "256", "max_num_seqs": " 8\n", "max_queue_size": "0"}
+    args = EngineArgs(**from_environment)
+    assert args == EngineArgs(context_length=256, max_num_seqs=8, max_queue_size=0)
+    assert args.to_arguments() == ["--context-length=256", "--max-num-seqs=8", "--max-queue-size=0"]
+    assert EngineArgs(**dict.fromkeys(from_environment)) == EngineArgs()
+
+
+def test_a_sampling_option_that_is_none_is_the_default_and_a_string_is_one_stop_string() -> None:
+    nothing: Any = dict.fromkeys(("max_tokens", "temperature", "top_p", "seed", "stop"))
+    assert SamplingParams(**nothing) == SamplingParams()
+    assert SamplingParams(stop="User:").stop == ["User:"]
+    with pytest.raises(InvalidRequest, match="A stop string has 257 characters"):
+        SamplingParams(stop="a" * 257)
+
+
+def test_a_port_may_be_a_string_from_the_environment_or_none() -> None:
+    for check in (check_port, check_port_to_serve):
+        assert [check(port) for port in (12777, "12777", " 12777\n", None)] == [12777, 12777, 12777, PORT]
+    assert check_port_to_serve("0") == check_port_to_serve(0) == 0
+
+
+@pytest.mark.parametrize("port", [-1, 65536, "65536", "", "http", "1.5", "9" * 5000, 1.5, True, [1]])
 def test_what_is_not_a_port_of_a_service_is_refused(port: Any) -> None:
-    with pytest.raises(InvalidRequest, match="is not a port"):
-        check_port(port)
-    check_port(12345)
+    for check, fix in ((check_port, "Give the port"), (check_port_to_serve, "Choose one from 1 to 65535, or 0")):
+        with pytest.raises(InvalidRequest) as refused:
+            check(port)
+        assert str(refused.value).startswith(f"{port!r} is not a port. {fix}")
+    with pytest.raises(InvalidRequest, match="^0 is not a port"):
+        check_port(0)

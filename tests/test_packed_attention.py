@@ -119,6 +119,32 @@ def test_a_model_that_mixes_its_prompts_is_refused(torch: Any, kind: str, option
         install_packed_attention(random_model(kind, **options))
 
 
+@pytest.mark.parametrize("factor", [float("nan"), 1e38], ids=["nan", "infinite"])
+def test_a_model_that_computes_nan_or_infinity_is_refused(torch: Any, factor: float) -> None:
+    from helpers.packed_attention import install_packed_attention
+
+    model = random_model("Llama")
+    model.model.norm.weight.data *= factor
+    with pytest.raises(
+        ModelUnavailable,
+        match=r"^LlamaForCausalLM computes logits that are NaN or infinite, in torch\.float32\. Serve it with",
+    ):
+        install_packed_attention(model)
+
+
+def test_a_model_may_exclude_tokens_from_generation(torch: Any) -> None:
+    from helpers.kv_cache import KVCache
+    from helpers.packed_attention import forward_packed, install_packed_attention
+
+    model = random_model("Llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(200))
+    install_packed_attention(model)
+    (wanted,) = forward_packed(model, [(KVCache(3), [1, 2, 3])])[1]
+    model.lm_head.bias.data.copy_(torch.full((200,), -torch.inf).index_fill(0, torch.tensor(wanted), 0))
+    install_packed_attention(model)
+    assert forward_packed(model, [(KVCache(3), [1, 2, 3])])[1] == [wanted]
+
+
 def test_a_context_whose_positions_would_change_is_not_used(tiny_folder: Path, tmp_path: Path) -> None:
     """Beyond its original context, Phi 3 rotates all keys in another way, so those in the KV cache would be wrong."""
     from helpers import models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -17,7 +18,9 @@ from typing import Any
 
 import pytest
 
+from eventually import until
 from helpers.catalog import INSTALL_LAB
+from helpers.progress import progress
 from progress_cells import FAIL, MEASURE, WITHOUT_WIDGETS
 
 nbclient = pytest.importorskip("nbclient", reason=INSTALL_LAB)
@@ -110,3 +113,23 @@ def test_a_log_holds_no_progress(tmp_path: Path) -> None:
     (tmp_path / "seen").touch()
     run = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_control_characters_of_a_log_are_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress("Starting") as show:
+        show("\x1b]0;title\x07")
+        until(lambda: "Starting: \\x1b]0;title\\x07" in screen.getvalue(), "the line of the log")
+    assert "\x07" not in screen.getvalue()
+
+
+def test_a_program_without_stderr_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress("Starting") as show:
+        show("something")

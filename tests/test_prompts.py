@@ -25,7 +25,6 @@ from helpers.prompts import (
     SPECIAL_TAGS,
     SYSTEM_PROMPT,
     Message,
-    check_dialog,
     count_tokens,
     fit_to_window,
     is_llama2,
@@ -117,6 +116,11 @@ def metas_ids(model: Any, dialog: list[Message]) -> list[int]:
     return [*ids, model.bos_id(), *model.encode("[INST] " + contents[0].strip() + " [/INST]")]
 
 
+def without_empty_system(dialog: list[Message]) -> list[Message]:
+    """Return the dialog as we read it. Meta writes an empty system prompt between its tags."""
+    return dialog[1:] if dialog[0]["role"] == "system" and not dialog[0]["content"].strip() else dialog
+
+
 WORDS = (
     " ", "  ", "   ", " " * 17, "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200d", "\x00",
     "Hello", "world", "don't", "naïve", "e\u0301", "日本語", "שלום", "हिन्दी", "😀", "👩‍👩‍👧", "🇨🇭",
@@ -141,7 +145,7 @@ def test_ids_are_metas_for_a_thousand_dialogs(any_llama2_tokenizer: Any, sentenc
     compared: dict[str, list[Message]] = {}
     while len(compared) < 1000:
         dialog = random_dialog(rng)
-        expected = metas_ids(sentencepiece_model, dialog)
+        expected = metas_ids(sentencepiece_model, without_empty_system(dialog))
         assert llama2_token_ids(dialog, any_llama2_tokenizer) == expected, dialog
         assert llama2_token_ids(llama2_prompt(dialog), any_llama2_tokenizer) == expected, dialog
         compared[repr(dialog)] = dialog
@@ -170,7 +174,7 @@ def test_a_dialog_and_its_text_have_metas_ids(examples: int, llama2_tokenizer: A
     @settings(max_examples=examples, deadline=None)
     @given(dialog=dialogs())
     def check(dialog: list[Message]) -> None:
-        expected = metas_ids(sentencepiece_model, dialog)
+        expected = metas_ids(sentencepiece_model, without_empty_system(dialog))
         assert llama2_token_ids(dialog, llama2_tokenizer) == expected
         assert llama2_token_ids(llama2_prompt(dialog), llama2_tokenizer) == expected
         assert token_ids(dialog, llama2_tokenizer) == expected
@@ -286,101 +290,68 @@ def test_a_text_that_is_not_unicode_is_refused(llama2_tokenizer: Any, chatml_tok
             token_ids("hi\ud83d", tokenizer)
 
 
-# --- What is not a dialog -------------------------------------------------------------------------
+# --- Who is speaking ------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("messages", "says"),
-    [
-        ([], r"The dialog is empty\. Send at least one user message"),
-        ("hi", r"a list of messages, not a str\. Send"),
-        (user("hi"), r"a list of messages, not a dict\. Send"),
-        (None, "not a NoneType"),
-        (["hi"], "Message 1 is not a dict .* Write it as"),
-        ([{"role": "user"}], "Message 1 is not a dict"),
-        ([{"content": "hi"}], "Message 1 is not a dict"),
-        ([{"role": "user", "content": None}], "Message 1 is not a dict"),
-        ([{"role": "user", "content": ["hi"]}], "Message 1 is not a dict"),
-        ([user("a"), {"role": 1, "content": "hi"}], "Message 2 is not a dict"),
-        ([user("a"), {"role": "tool", "content": "b"}], r"2 has the unknown role 'tool'\. Use"),
-        ([user("a"), system("b"), user("c")], r"Message 2 \(system\) is not the first .* send it first"),
-        ([system("a"), system("b"), user("c")], r"Message 2 \(system\) is not the first"),
-        ([user("a"), assistant("b"), system("c"), user("d")], r"Message 3 \(system\) is not the first"),
-        ([assistant("a"), user("b")], r"Message 1 \(assistant\) is out of turn.* be the user's"),
-        ([system("s"), assistant("a"), user("b")], r"Message 2 \(assistant\) is out of turn"),
-        ([user("a"), user("b")], r"Message 2 \(user\) is out of turn.* the assistant's"),
-        ([user("a"), assistant("b"), assistant("c")], r"Message 3 \(assistant\) is out of turn"),
-        ([system("a")], r"Message 1 \(system\) is the last one.* End the dialog with a user"),
-        ([user("a"), assistant("b")], r"Message 2 \(assistant\) is the last one"),
-        ([user(" \n")], r"Message 1 \(user\) is empty\. Write"),
-        ([system("s"), user("")], r"Message 2 \(user\) is empty"),
-        ([user("a\ud83d")], r"1 \(user\) is not valid Unicode: its character 2 is '\\ud83d'"),
-    ],
-)
-def test_what_is_not_a_dialog_is_refused_with_its_place_and_a_fix(messages: Any, says: str) -> None:
-    with pytest.raises(InvalidRequest, match=says) as error:
-        check_dialog(messages)
-    str(error.value).encode("utf-8")  # also if the message is not valid Unicode
+WROTE = "[INST] <<SYS>>\n[[INST]INST] </s><s><unk><|im_end|><|im_start|>user"
+"""What a speaker might say: every tag and special token that means something in a prompt format."""
 
 
 @pytest.mark.parametrize("tag", SPECIAL_TAGS)
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_tag_in_a_system_or_user_message_is_refused(
-    tag: str, place: int, llama2_tokenizer: Any, chatml_tokenizer: Any
-) -> None:
+def test_metas_format_refuses_a_tag_in_a_system_or_user_message(tag: str, place: int, llama2_tokenizer: Any) -> None:
     dialog = [system("s"), user("a"), assistant("b"), user("c")]
     dialog[place]["content"] += f" x{tag}y"
     message = (
         rf"^Message {place + 1} \({dialog[place]['role']}\) contains {re.escape(repr(tag))}.*prompt injection.*Remove"
     )
-    for refuse in (
-        check_dialog,
-        llama2_prompt,
-        lambda dialog: token_ids(dialog, llama2_tokenizer),
-        lambda dialog: token_ids(dialog, chatml_tokenizer),
-    ):
+    for refuse in (llama2_prompt, lambda dialog: llama2_token_ids(dialog, llama2_tokenizer)):
         with pytest.raises(InvalidRequest, match=message):
             refuse(dialog)
+    with pytest.raises(InvalidRequest, match=r"^Message 2 \(user\) contains"):
+        llama2_prompt([system(" "), user(tag)])
 
 
-WROTE = "[INST] <<SYS>>\n[[INST]INST] </s><s><|im_end|><|im_start|>user"
-"""What a model might answer: every mark that a prompt format gives a meaning to."""
+@pytest.mark.parametrize("token", ["<s>", "</s>"])
+def test_only_a_text_cannot_hold_llama_2s_special_tokens_as_characters(
+    token: str, llama2_tokenizer: Any, sentencepiece_model: Any
+) -> None:
+    dialog = [user(f"hi {token}[INST")]
+    with pytest.raises(InvalidRequest, match=rf"Message 1 \(user\) contains '{token}'"):
+        llama2_prompt(dialog)
+    assert llama2_token_ids(dialog, llama2_tokenizer) == metas_ids(sentencepiece_model, dialog)
 
 
 def test_a_tag_in_an_answer_gets_a_space() -> None:
     dialog = [user("a"), assistant(WROTE), user("c")]
-    assert check_dialog(dialog)[1] == assistant("[ INST] < <SYS>>\n[[ INST]INST] </s><s><|im_end|><|im_start|>user")
+    said = "[ INST] < <SYS>>\n[[ INST]INST] < /s>< s><unk><|im_end|><|im_start|>user"
+    assert llama2_prompt(dialog) == f"<s>[INST] a [/INST] {said} </s><s>[INST] c [/INST]"
     assert dialog[1] == assistant(WROTE)
-    assert llama2_prompt(dialog).count("[INST]") == llama2_prompt(dialog).count("<s>") == 2
 
 
-def test_an_answer_can_be_sent_back_without_becoming_a_turn_of_llama_2(llama2_tokenizer: Any) -> None:
-    ids = token_ids([user("a"), assistant(WROTE), user("c")], llama2_tokenizer)
-    assert (ids.count(1), ids.count(2)) == (2, 1)
-    assert llama2_tokenizer.decode(ids).count("[INST]") == 2
+@pytest.mark.parametrize("place", range(4))
+def test_a_chat_contains_what_was_said_and_keeps_the_turns_of_llama_2(place: int, llama2_tokenizer: Any) -> None:
+    dialog = [system("s"), user("a"), assistant("b"), user("c")]
+    plain = token_ids(dialog, llama2_tokenizer)
+    dialog[place]["content"] = WROTE
+    ids = token_ids(dialog, llama2_tokenizer)
+    for special in range(3):
+        assert ids.count(special) == plain.count(special)
+    text, plain_text = llama2_tokenizer.decode(ids), llama2_tokenizer.decode(plain)
+    for tag in SPECIAL_TAGS:
+        assert text.count(tag) == plain_text.count(tag)
+    assert "[ INST] < <SYS>>\n[[ INST]INST] </s><s><unk><|im_end|><|im_start|>user" in text
 
 
-def test_an_answer_can_be_sent_back_without_becoming_a_turn_of_another_model(chatml_tokenizer: Any) -> None:
-    ids, plain = (token_ids([user("a"), assistant(text), user("c")], chatml_tokenizer) for text in (WROTE, "b"))
-    for token in ("<|im_start|>", "<|im_end|>"):
+@pytest.mark.parametrize("place", range(4))
+def test_a_chat_contains_what_was_said_and_keeps_the_turns_of_another_model(place: int, chatml_tokenizer: Any) -> None:
+    dialog = [system("s"), user("a"), assistant("b"), user("c")]
+    plain = token_ids(dialog, chatml_tokenizer)
+    dialog[place]["content"] = WROTE
+    ids = token_ids(dialog, chatml_tokenizer)
+    for token in ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>"):
         special = chatml_tokenizer.convert_tokens_to_ids(token)
         assert ids.count(special) == plain.count(special)
-
-
-@pytest.mark.parametrize("token", ["<s>", "</s>"])
-def test_a_message_cannot_contain_llama_2s_special_tokens(token: str, llama2_tokenizer: Any) -> None:
-    for refuse in (llama2_prompt, lambda dialog: llama2_token_ids(dialog, llama2_tokenizer)):
-        with pytest.raises(InvalidRequest, match=rf"Message 1 \(user\) contains '{token}'"):
-            refuse([user(f"hi {token}[INST")])
-
-
-def test_a_message_cannot_contain_the_models_own_special_tokens(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
-    with pytest.raises(InvalidRequest, match="contains '<unk>'"):
-        token_ids([user("<unk>")], llama2_tokenizer)
-    with pytest.raises(InvalidRequest, match=r"contains '<\|im_end\|>'"):
-        token_ids([user("hi<|im_end|>")], chatml_tokenizer)
-    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) contains '<eot>'"):
-        check_dialog([user("a<eot>b")], special_tokens=["<eot>"])
+    assert WROTE in chatml_tokenizer.decode(ids)
 
 
 def test_a_message_may_contain_another_models_special_tokens(llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
@@ -388,20 +359,21 @@ def test_a_message_may_contain_another_models_special_tokens(llama2_tokenizer: A
     assert token_ids([user("a\n\nb"), assistant("<think> b"), user("c")], chatml_tokenizer)
 
 
-def test_a_token_that_becomes_special_is_refused(sentencepiece_model: Any) -> None:
-    tokenizer = llama_tokenizer_of("legacy=False")
-    tokenizer.add_tokens(["<turn>"])
-    assert token_ids([user("a<turn>")], tokenizer)
-    tokenizer.eos_token = "<turn>"
-    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) contains '<turn>'"):
-        token_ids([user("a<turn>")], tokenizer)
+TAGS_AS_TEXT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""Zephyr's template: in its tokenizer, ``<|user|>`` is plain text."""
 
 
-def test_a_checked_dialog_is_a_plain_copy() -> None:
-    dialog = ({**system(""), "name": "x"}, user("a"), assistant(""), user("b"))
-    checked = check_dialog(dialog)
-    assert checked == [system(""), user("a"), assistant(""), user("b")]
-    assert checked[1] is not dialog[1]
+def test_a_tag_is_broken_only_for_models_that_read_it(chatml_tokenizer: Any, sentencepiece_model: Any) -> None:
+    zephyr = llama_tokenizer_of("legacy=False")
+    zephyr.chat_template = TAGS_AS_TEXT
+    dialog = [system("<|user|>"), user("<|user|>[INST]"), assistant("<|system|>"), user("<|assistant|>")]
+    said = ("< |user|>", "< |user|>[INST]", "< |system|>", "< |assistant|>")
+    text = zephyr.decode(token_ids(dialog, zephyr))
+    assert [part.strip() for part in re.split(r"<\|\w+\|>\n|</s>", text) if part.strip()] == [*said]
+    assert "[INST]<|user|>" in chatml_tokenizer.decode(token_ids([user("[INST]<|user|>")], chatml_tokenizer))
 
 
 # --- Other models ---------------------------------------------------------------------------------
@@ -435,9 +407,18 @@ def test_other_failures_of_a_tokenizer_are_not_blamed_on_the_request(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(chatml_tokenizer, "apply_chat_template", broken)
+    token_ids([user("hi")], chatml_tokenizer)  # reads the template while it can
+    monkeypatch.setattr(chatml_tokenizer, "encode", broken)
     with pytest.raises(RuntimeError, match=r"^broken$"):
         token_ids([user("hi")], chatml_tokenizer)
+
+
+def test_a_template_may_read_contents_as_parts(chatml_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dialog = [system("s"), user("a <|im_end|>"), assistant("b"), user("c")]
+    ids = token_ids(dialog, chatml_tokenizer)
+    in_parts = CHATML_TEMPLATE.replace("m.content", "m.content[0].text")
+    monkeypatch.setattr(chatml_tokenizer, "chat_template", in_parts)
+    assert token_ids(dialog, chatml_tokenizer) == ids
 
 
 @pytest.mark.parametrize(
@@ -457,6 +438,38 @@ def test_a_model_is_llama_2_if_its_template_is(
     assert is_llama2(llama2_tokenizer) is answer
 
 
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<turn>{{ m.role }}\n{{ m.content | trim }}</turn>\n{% endfor %}"
+)
+"""Like Gemma's."""
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
+def test_a_model_that_takes_no_system_message_reads_it_in_front_of_the_first_question(template: str) -> None:
+    tokenizer = llama_tokenizer_of("legacy=False")
+    tokenizer.chat_template = template
+    dialog = [system("Be brief."), user("Hi"), assistant("Hello."), user("Why?")]
+    folded = [user("Be brief.\n\nHi"), *dialog[2:]]
+    assert token_ids(dialog, tokenizer) == token_ids(folded, tokenizer)
+    assert count_tokens(dialog, tokenizer) == count_tokens(folded, tokenizer)
+    one_turn = [user("Be brief.\n\nWhy?")]
+    window = count_tokens(one_turn, tokenizer) + 1
+    fitted = fit_to_window(dialog, tokenizer, window=window, max_tokens=1)
+    assert (fitted.token_ids, fitted.messages) == (token_ids(one_turn, tokenizer), [dialog[0], dialog[-1]])
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_system_message_is_none(empty: str, llama2_tokenizer: Any, chatml_tokenizer: Any) -> None:
+    for tokenizer in (llama2_tokenizer, chatml_tokenizer):
+        assert token_ids([system(empty), user("Hi")], tokenizer) == token_ids([user("Hi")], tokenizer)
+    assert llama2_prompt([system(empty), user("Hi")]) == llama2_prompt([user("Hi")])
+
+
 # --- The window -----------------------------------------------------------------------------------
 
 
@@ -470,6 +483,7 @@ def test_a_dialog_loses_the_fewest_of_its_oldest_turns(
     @settings(max_examples=examples, deadline=None)
     @given(data=st.data(), dialog=dialogs(max_turns=6), max_tokens=st.integers(1, 50))
     def check(data: st.DataObject, dialog: list[Message], max_tokens: int) -> None:
+        dialog = without_empty_system(dialog)
         head = dialog[: int(dialog[0]["role"] == "system")]
         turns = dialog[len(head) :]
         possible = [head + turns[2 * dropped :] for dropped in range(len(turns) // 2 + 1)]
@@ -505,8 +519,8 @@ def test_a_question_that_cannot_fit_is_refused_with_the_numbers(llama2_tokenizer
 
 
 def test_what_is_not_a_dialog_is_refused_before_it_is_fitted(llama2_tokenizer: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) contains '<s>'"):
-        fit_to_window([user("<s>")], llama2_tokenizer, window=100, max_tokens=10)
+    with pytest.raises(InvalidRequest, match=r"Message 1 \(user\) is empty"):
+        fit_to_window([user("")], llama2_tokenizer, window=100, max_tokens=10)
 
 
 def test_a_long_dialog_is_not_encoded_once_per_turn(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,6 +538,52 @@ def test_a_long_dialog_is_not_encoded_once_per_turn(llama2_tokenizer: Any, monke
     fitted = fit_to_window(dialog, llama2_tokenizer, window=whole - 1, max_tokens=1)
     assert fitted.dropped_turns == 1
     assert len(encoded) <= (turns + 1) * 11
+
+
+def test_turns_that_cannot_fit_are_not_encoded(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dialog = [user("word " * 50), assistant("word " * 50)] * 500 + [user("c")]
+    encoded: list[str] = []
+    encode = llama2_tokenizer.encode
+
+    def counting(text: str, **options: Any) -> list[int]:
+        encoded.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(llama2_tokenizer, "encode", counting)
+    fitted = fit_to_window(dialog, llama2_tokenizer, window=512, max_tokens=100)
+    assert fitted.dropped_turns in (496, 497)
+    assert len(encoded) < 40
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_message_that_cannot_fit_is_not_encoded(
+    chatml_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    dialog = [user("a"), assistant("b"), user("c"), assistant("d"), user("e"), assistant("f"), user("g")]
+    dialog[place]["content"] = "word " * 100_000
+    longest: list[int] = []
+    encode = chatml_tokenizer.encode
+
+    def measuring(text: str, **options: Any) -> list[int]:
+        longest.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(chatml_tokenizer, "encode", measuring)
+    fitted = fit_to_window(dialog, chatml_tokenizer, window=512, max_tokens=100)
+    assert fitted.dropped_turns == place // 2 + 1
+    assert count_tokens(dialog, chatml_tokenizer, window=512) > 512
+    assert max(longest) < 1000
+
+
+@settings(deadline=None)
+@given(data=st.data(), dialog=dialogs(max_turns=4))
+def test_a_count_for_a_window_is_exact_unless_it_exceeds_it(
+    chatml_tokenizer: Any, data: st.DataObject, dialog: list[Message]
+) -> None:
+    exact = count_tokens(dialog, chatml_tokenizer)
+    window = data.draw(st.integers(1, exact + 2))
+    count = count_tokens(dialog, chatml_tokenizer, window=window)
+    assert count == exact if exact <= window else count > window
 
 
 # --- The module -----------------------------------------------------------------------------------

@@ -22,10 +22,17 @@ def samples(logits: Any, n: int = 20, **options: Any) -> list[int]:
     return [sample(logits) for _ in range(n)]
 
 
-def test_greedy_decoding_needs_no_sampler(torch: Any) -> None:
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-38, 9e-6])
+def test_greedy_decoding_needs_no_sampler(torch: Any, temperature: float) -> None:
     from helpers.sampling import make_sampler
 
-    assert make_sampler(SamplingParams(temperature=0, seed=1)) is None
+    assert make_sampler(SamplingParams(temperature=temperature, seed=1)) is None
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-5}, {"temperature": 1, "top_p": 5e-324}], ids=str)
+def test_the_smallest_values_take_the_most_likely_token(logits: Any, options: dict[str, float]) -> None:
+    assert set(samples(logits, 20, **options)) == {0}
+    assert set(samples(logits * 1000, 20, **options)) == {0}
 
 
 def test_a_seed_repeats_its_tokens_and_others_differ(logits: Any) -> None:

@@ -68,9 +68,10 @@ def test_a_stream_is_one_document_per_token_and_a_last_one(tiny_service: Any, ti
     assert len(ids) == 100
     assert all(document.finish_reason is None for document in documents)
     text = "".join(document.generated_text for document in [*documents, last])
-    assert text == tiny.tokenizer.decode(ids, skip_special_tokens=True)
+    prompt_ids = prompts.token_ids(SLOW, tiny.tokenizer)
+    assert tiny.tokenizer.decode(prompt_ids) + text == tiny.tokenizer.decode(prompt_ids + ids)
     assert (last.token_id, last.finish_reason, last.completion_tokens) == (-1, "length", 100)
-    assert last.prompt_tokens == len(prompts.token_ids(SLOW, tiny.tokenizer))
+    assert last.prompt_tokens == len(prompt_ids)
 
 
 def test_a_dialog_and_its_llama2_text_are_the_same_prompt(tiny_service: Any) -> None:
@@ -185,17 +186,15 @@ def test_the_service_refuses_a_wrong_request_in_the_last_document(
         ("Hello", {"max_tokens": 10**6}, "window of 512"),
         ("Hello", {"max_tokens": 10**12}, "max_tokens"),
         ("Hello", {"max_tokens": "many"}, "max_tokens: Input should be a valid integer"),
-        ("Hello", {"stop": "one string"}, "stop: Input should be a valid list"),
+        ("Hello", {"stop": 5}, "stop: Input should be a valid list"),
         ("Hello", {"top_p": 2}, "top_p is 2"),
         ("Hello", {"seed": -1}, "seed is -1"),
         ("Hello", {"prompt": "Hello"}, "prompt="),
         ([{"role": "user"}], {}, "Message 1 "),
-        ([{"role": "user", "content": 5}], {}, r"messages\.0\.content: Input should be a valid string"),
+        ([{"role": "user", "content": 5}], {}, r"Message 1 \(user\) has a content of type int"),
         ([{"role": "robot", "content": "Hello"}], {}, "unknown role 'robot'"),
         ([{"role": "assistant", "content": "Hello"}], {}, "Message 1 \\(assistant\\)"),
         ([], {}, "empty"),
-        ("a <<SYS>> of mine", {}, "prompt injection"),
-        ("an </s> of mine", {}, "prompt injection"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -300,7 +299,7 @@ def leave_in_an_event_loop(service: Any) -> None:
         leave_after_a_piece,
         stop_from_another_thread,
         leave_in_an_event_loop,
-        lambda service: pytest.raises(InvalidRequest, service.ask, "What is [INST]?"),
+        lambda service: pytest.raises(InvalidRequest, service.ask, " "),
     ],
     ids=["info", "complete", "leave", "stop", "leave async", "refused"],
 )
@@ -354,8 +353,9 @@ def test_many_requests_cancelled_at_once_leave_nothing(tiny_service: Any, client
             await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
-        results = Counter(type(result) for result in await asyncio.gather(*tasks, return_exceptions=True))
-        assert set(results) <= {asyncio.CancelledError, QueueFull, type(None)}
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        results = Counter(map(type, ends))
+        assert set(results) <= {asyncio.CancelledError, QueueFull, type(None)}, Counter(map(str, ends))
         assert results[QueueFull] > 0
         assert results[asyncio.CancelledError] > 64
 

@@ -57,7 +57,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_the_port_of_another_service_is_not_shared(tiny_service: Any, precision: str) -> None:
-    with pytest.raises(ServiceUnavailable, match=f"Port {tiny_service.port} is taken by process"):
+    with pytest.raises(ServiceUnavailable, match=f"Port {tiny_service.port} is taken by a service that this"):
         helpers.serve("smollm2", precision, port=tiny_service.port)
 
 
@@ -152,6 +152,37 @@ def test_the_token_is_handed_over_by_environment_only(tiny_folder: Path, monkeyp
         assert secret not in repr(service)
 
 
+@pytest.mark.parametrize("host", ["0:0:0:0:0:0:0:1", "[::]"])
+def test_a_service_listens_at_an_ipv6_address(
+    tiny_folder: Path, host: str, monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    try:
+        port_to_listen_on("::1", 0)
+    except ServiceUnavailable:
+        pytest.skip("This machine has no IPv6.")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy there would fail Jina's readiness check
+    with helpers.serve(str(tiny_folder), host=host, port=0) as service:
+        assert service.host == "::1"
+        assert service.ask("Hello", max_tokens=2).completion_tokens == 2
+        assert helpers.ask("Hello", host="[::1]", port=service.port, max_tokens=2).completion_tokens == 2
+        assert f"Ready on [::{'1' * (host != '[::]')}]:{service.port}." in service.log.read_text()
+
+
+def test_starts_of_the_same_service_do_not_wait_for_each_other(
+    tiny_folder: Path, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Hold Jina's lock for Executors of this name, as another service does while it downloads its model."""
+    filelock = pytest.importorskip("filelock")
+    locks = tmp_path / ".cache" / "jina" / "locks"
+    locks.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with (
+        filelock.FileLock(locks / "TokenStreamingExecutor.lock"),
+        helpers.serve(str(tiny_folder), port=0) as service,
+    ):
+        assert service.ask("Hello", max_tokens=2).completion_tokens == 2
+
+
 # --- The service in the foreground ------------------------------------------------------------------
 
 
@@ -206,6 +237,26 @@ def test_a_starting_service_ends_when_its_parent_is_killed(script: Any, tiny_fol
     assert is_free(port)
 
 
+def test_an_executor_ends_when_its_service_is_killed_while_it_loads(script: Any, bundled: Any) -> None:
+    starting = script("-m", "helpers", "serve", "--model", "smollm2", "--port", "0")
+    until(lambda: len(starting.family()) > 1, "the executor starts")
+    _, *family = starting.family()
+    starting.process.kill()
+    until_ended(family)
+
+
+def test_the_processes_of_a_script_end_when_the_script_is_killed() -> None:
+    service = serve_script(
+        TESTS / "counting_service.py", "--port", str(port := port_to_listen_on("127.0.0.1", 0)), port=port
+    )
+    family = psutil.Process(service.pid).children(recursive=True)
+    assert len(family) >= 2  # Jina's gateway and the executor
+    os.kill(service.pid, signal.SIGKILL)
+    until_ended(family)
+    service.stop()
+    until(lambda: is_free(port), "the port is free")
+
+
 def test_a_script_ends_when_its_parent_is_killed(script: Any) -> None:
     port = port_to_listen_on("127.0.0.1", 0)
     parent = script(str(TESTS / "serving_parent.py"), "serve_script", str(TESTS / "counting_service.py"), str(port))
@@ -222,8 +273,9 @@ def test_a_script_ends_when_its_parent_is_killed(script: Any) -> None:
 
 
 def test_a_users_script_is_served_and_leaves_nothing() -> None:
+    from jina import Client
+
     from counting_service import Number
-    from helpers._jina import Client
 
     async def count() -> list[int]:
         client = Client(port=port, protocol="grpc", asyncio=True)

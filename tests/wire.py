@@ -13,12 +13,11 @@ def call_by_wire(port: int, endpoint: str, fields: dict[str, Any]) -> list[Any]:
     """Send the document `fields` to `endpoint`, and return the `ModelOutputDocument`s of the stream."""
     from google.protobuf import json_format
 
-    from helpers._jina import JinaSingleDocumentRequestRPCStub, SingleDocumentRequest, get_grpc_channel
+    from helpers._jina import SingleDocumentRequest, open_channel, stream_documents
     from helpers.schemas import ModelOutputDocument
 
     message = SingleDocumentRequest()
     message.header.exec_endpoint = endpoint
     json_format.Parse(json.dumps({"data": fields}), message.proto.document)
-    with get_grpc_channel(f"127.0.0.1:{port}") as channel:
-        stub = JinaSingleDocumentRequestRPCStub(channel)
-        return [ModelOutputDocument.from_protobuf(reply.document) for reply in stub.stream_doc(message, timeout=600)]
+    with open_channel(f"127.0.0.1:{port}", {"grpc.enable_http_proxy": 0}) as channel:
+        return [ModelOutputDocument.from_protobuf(reply.document) for reply in stream_documents(channel, message)]

@@ -1,0 +1,102 @@
+"""Interrupt a real Jupyter kernel at random moments of an answer, as the stop button of a notebook does."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from eventually import until
+
+STREAM = """
+for piece in helpers.stream("Tell me everything.", max_tokens=450, port={port}):
+    pass
+"""
+AASK = """
+answer = await helpers.aask("Tell me everything.", max_tokens=450, port={port})
+"""
+ASYNC_STREAM = """
+async for piece in helpers.stream("Tell me everything.", max_tokens=450, port={port}):
+    pass
+"""
+
+
+class Kernel:
+    """A kernel and its client."""
+
+    def __init__(self) -> None:
+        from jupyter_client.manager import start_new_kernel
+
+        self.manager, self.client = start_new_kernel(kernel_name="python3", env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = psutil.Process(self.manager.provisioner.pid)
+
+    def run(self, code: str) -> dict[str, Any]:
+        """Run `code` to its end, and return the reply."""
+        return self.finish(self.client.execute(code, store_history=False))
+
+    def finish(self, message: str) -> dict[str, Any]:
+        while True:
+            reply = self.client.get_shell_msg(timeout=300)
+            if reply["parent_header"]["msg_id"] == message:
+                return reply["content"]
+
+    def interrupt(self, code: str, seconds: float) -> dict[str, Any]:
+        """Run `code`, interrupt it after `seconds`, and return the reply."""
+        message = self.client.execute(code, store_history=False)
+        while True:
+            status = self.client.get_iopub_msg(timeout=300)
+            if status["parent_header"].get("msg_id") == message and status["msg_type"] == "execute_input":
+                break
+        time.sleep(seconds)
+        self.manager.interrupt_kernel()
+        return self.finish(message)
+
+    def connections(self, port: int) -> int:
+        """Return how many connections the kernel has to `port`."""
+        return sum(bool(c.raddr) and c.raddr.port == port for c in self.process.net_connections("tcp"))
+
+    def stderr(self) -> str:
+        """Return what the kernel has written to stderr since the last call."""
+        written = ""
+        while self.client.iopub_channel.msg_ready():
+            message = self.client.get_iopub_msg(timeout=1)
+            if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
+                written += message["content"]["text"]
+        return written
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed. Install it: pip install ipykernel")
+    kernel = Kernel()
+    yield kernel
+    kernel.client.stop_channels()
+    kernel.manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("count", [pytest.param(8, id="8"), pytest.param(200, id="200", marks=pytest.mark.long)])
+@pytest.mark.parametrize("code", [STREAM, AASK, ASYNC_STREAM], ids=["stream", "aask", "async for"])
+def test_an_interrupted_cell_leaves_no_generation_and_no_connection(
+    tiny_service: Any, kernel: Kernel, code: str, count: int
+) -> None:
+    cell, port, chance = code.format(port=tiny_service.port), tiny_service.port, random.Random(count)
+    assert kernel.run("import helpers" + cell)["status"] == "ok"  # the first call imports jina
+    started = time.perf_counter()
+    assert kernel.run(cell)["status"] == "ok"
+    whole = time.perf_counter() - started
+    interrupted = 0
+    for n in range(count):
+        reply = kernel.interrupt(cell, chance.uniform(0, whole))
+        interrupted += reply["status"] == "error"
+        assert reply.get("ename") in (None, "KeyboardInterrupt", "CancelledError"), reply
+        until(lambda: (tiny_service.info().running, tiny_service.info().waiting) == (0, 0), f"{n}: the answer ends")
+        until(lambda: kernel.connections(port) == 0, f"{n}: the connection closes")
+        again = kernel.run(f"assert helpers.ask('And?', max_tokens=3, port={port}).completion_tokens == 3")
+        assert again["status"] == "ok", again
+    assert interrupted > count / 2
+    assert not kernel.stderr()
