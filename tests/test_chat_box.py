@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -226,6 +227,35 @@ def test_two_boxes_that_stop_each_others_answers_can_both_go_on(scripted: Script
     assert len(conversation.turns) == len(second.turns) == 20
 
 
+def test_a_question_that_another_one_overtakes_shows_an_error_and_can_be_asked_again(
+    scripted: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = scripted.conversation(max_tokens=3)
+    first, second = Screen(helpers.ChatBox(conversation)), Screen(helpers.ChatBox(conversation))
+    original = conversation.stream
+
+    def overtaken(question: str) -> Answer:
+        answer = original(question)
+        if not conversation.turns and question == "Hello":
+            second.ask("And you?")
+        return answer
+
+    monkeypatch.setattr(conversation, "stream", overtaken)
+    first.ask("Hello")
+    assert "The conversation has changed since this question was asked. Ask it again." in first.status
+    assert "service" not in first.status and questions(first) == ["And you?"]
+    first.click("Retry")
+    assert questions(first) == ["And you?", "Hello"] and first.status == "Answer cut off at max_tokens."
+
+
+def test_a_question_that_a_cell_has_removed_cannot_be_edited(scripted: ScriptedService) -> None:
+    screen = show(scripted)
+    screen.ask("Hello")
+    screen.box.conversation.undo()
+    screen.click("Edit question")
+    assert "InvalidRequest: There is no question left to edit." in screen.status
+
+
 # --- Editing, regenerating, undoing ---------------------------------------------------------------
 
 
@@ -281,13 +311,14 @@ def test_regenerate_replaces_the_latest_answer_and_undo_brings_it_back(scripted:
 
 def test_the_service_refuses_a_question_and_it_can_be_edited(tiny_service: Any) -> None:
     screen = Screen(helpers.ChatBox(tiny_service.conversation(max_tokens=5)))
-    screen.ask("What is [INST]?")
-    assert "InvalidRequest: Message 1 (user)" in screen.turns[0]
+    too_long = "Hello " * 600
+    screen.ask(too_long)
+    assert "InvalidRequest: " in screen.turns[0] and "context window of 512. Shorten it." in screen.turns[0]
     assert screen.buttons == {"Send", "Retry", "Edit question", "Undo"} and screen.entry == ""
     screen.click("Edit question")
-    assert screen.entry == "What is [INST]?"
-    screen.ask("Hello")
-    assert questions(screen) == ["Hello"]
+    assert screen.entry == too_long.strip()
+    screen.ask("What does [INST] mean?")
+    assert questions(screen) == ["What does [INST] mean?"]
     assert "Regenerate" in screen.buttons
 
 
@@ -435,7 +466,7 @@ def test_a_hostile_turn_is_only_text() -> None:
     turn = Turn(HOSTILE, Answer.ended(HOSTILE))
     elements = Elements(turn_html(turn) + copy_button(turn))
     assert elements.tags <= {"div", "span", "b", "p", "br", "pre", "code", "button"}
-    assert elements.attributes <= {"class", "type", "data-copy", "role", "aria-label"}
+    assert elements.attributes <= {"class", "type", "data-copy", "role", "aria-label", "dir"}
     assert elements.copied == HOSTILE
 
 
@@ -454,7 +485,7 @@ def test_a_conversation_from_a_file_is_shown_with_its_errors(tmp_path: Path) -> 
     file.write_text(json.dumps({"messages": messages, "answers": answers}))
     screen = Screen(helpers.ChatBox(Conversation.load(file)))
     (turn,) = screen.turns
-    assert ">Who?<" in turn and "<p>Ad</p>" in turn and "ServiceUnavailable: &lt;gone&gt;" in turn
+    assert ">Who?<" in turn and ">Ad</p>" in turn and "ServiceUnavailable: &lt;gone&gt;" in turn
     assert screen.status == "Answer failed." and "Retry" in screen.buttons
 
 
@@ -472,7 +503,83 @@ def test_a_conversation_from_a_file_is_shown_with_its_errors(tmp_path: Path) -> 
     ],
 )
 def test_markdown_is_rendered_even_while_it_is_incomplete(markdown: str, expected: str) -> None:
+    assert expected in without_directions(render_markdown(markdown))
+
+
+def without_directions(text: str) -> str:
+    return re.sub(' dir="(auto|ltr)"', "", text)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"\(x_1*y*z\)",
+        r"\[a\_b \{c\} \\ *d*\]",
+        "$a*b*c$",
+        r"$\{a\}*b*c \$ d$",
+        "$$x*y*z$$",
+        r"\begin{align*}a*b*c \\ d\end{align*}",
+        "\\[\n- b\n+ *c*\n# d\n> e\n1. f\n| g | h |\n|-|-|\n\\]",
+        "$$\n- b*c*d\n$$",
+        "\\begin{align}\n- a\n* b *c*\n\\end{align}",
+        r"\(a*b*c",
+        "\\[\n- a*b*c",
+    ],
+)
+@pytest.mark.parametrize("before", ["", "**Bold** costs $5:\n", "> a\n\n", "- item\n\n  "])
+def test_a_formula_is_shown_as_it_is_written(formula: str, before: str) -> None:
+    indented = formula.replace("\n", "\n  ") if before.startswith("-") else formula
+    shown = html.unescape(without_directions(render_markdown(before + indented)))
+    assert f"<span>{formula}</span>".replace("\n", "<br />\n") in shown.replace("\n  ", "\n")
+    assert ("<strong>Bold</strong> costs $5:" in shown) == before.startswith("**")
+
+
+@pytest.mark.parametrize(
+    ("markdown", "expected"),
+    [
+        ("$5 and $6, **really** $7", "$5 and $6, <strong>really</strong> $7"),
+        ("**$5** or **$6**", "<strong>$5</strong> or <strong>$6</strong>"),
+        ("$1,000-$2,000 *x* US$5-US$6", "$1,000-$2,000 <em>x</em> US$5-US$6"),
+        ("from $5 for **this** to 6$", "from $5 for <strong>this</strong> to 6$"),
+        (r"\$5 *or* \$6", "$5 <em>or</em> $6"),
+        (r"`\(x\)` `$a*b*c$`", r"<code>\(x\)</code> <code>$a*b*c$</code>"),
+        ("```\n$$\n\\[\n```", "<pre><code>$$\n\\[\n</code></pre>"),
+        (r"\*no\* \_emphasis\_", "*no* _emphasis_"),
+        ("the *end*\n\n\\[a\n\n*b*", "<p><em>b</em></p>"),
+    ],
+)
+def test_prices_code_and_escaped_signs_are_not_formulas(markdown: str, expected: str) -> None:
+    assert expected in without_directions(render_markdown(markdown))
+
+
+def test_many_unfinished_formulas_take_no_longer_than_other_text() -> None:
+    for start in ("\\(", "\\[\n", "$a ", "$$\na\n", "\\begin{a}\n", "\\[\n\n", "\\[\n$$\n"):
+        assert render_markdown(start * 5_000)
+
+
+@pytest.mark.parametrize(
+    ("markdown", "expected"),
+    [
+        ("שלום", '<p dir="auto">שלום</p>'),
+        ("# שלום", '<h1 dir="auto">'),
+        ("- שלום\n- a", '<ul dir="auto">\n<li>'),
+        ("1. שלום", '<ol dir="auto">\n<li>'),
+        ("> שלום", '<blockquote dir="auto">\n<p>'),
+        ("|ש|\n|-|\n|a|", '<table dir="auto">'),
+        ("```python\nx", '<pre dir="ltr"><code class="language-python">'),
+        ("    x = 1", '<pre dir="ltr"><code>x = 1'),
+        ("`ls` שלום", '<p dir="auto"><code dir="ltr">ls</code> שלום</p>'),
+        (r"\(x\) שלום", r'<p dir="auto"><span dir="ltr">\(x\)</span> שלום</p>'),
+    ],
+)
+def test_each_block_has_the_direction_of_its_text(markdown: str, expected: str) -> None:
     assert expected in render_markdown(markdown)
+
+
+def test_the_speakers_name_does_not_decide_the_direction_of_a_question() -> None:
+    turn = turn_html(Turn("שלום", Answer.ended("", "error", "error")))
+    assert '<div class="helpers-chat-question" dir="auto"><span class="helpers-chat-speaker" dir="ltr">' in turn
+    assert 'class="helpers-chat-error" dir="auto"' in turn
 
 
 def test_deeply_nested_text_is_shown() -> None:

@@ -36,6 +36,49 @@ RUN_WITHOUT_WAITING = """code => {
 SCROLLED = "log => [log.scrollTop, log.scrollHeight - log.scrollTop - log.clientHeight]"
 
 
+DIRECTION = "element => getComputedStyle(element).direction"
+
+# Pixels from the left to the end of an item's text, and to the right side of its list.
+SIDES = """item => {
+    const range = document.createRange();
+    range.selectNodeContents(item);
+    return [range.getBoundingClientRect().right, item.parentElement.getBoundingClientRect().right];
+}"""
+
+RIGHT_TO_LEFT = r"""הפקודה `ls` מציגה \(n^2\) קבצים.
+
+- ראשון: C++ (מהיר)
+- שני
+- English item.
+
+1. אחד
+2. שתיים
+
+> ציטוט מתוך ספר.
+
+| שם | ערך |
+|----|-----|
+| אורך | 12 |
+| width | 3. |
+
+```python
+print("שלום")  # ברכה
+```
+
+An English paragraph, with עברית inside.
+
+פסקה אחרונה: מחיר $5, נכון?"""
+
+FORMULAS = r"""Take \(x_1*y*z\) or $a*b*c$, and then
+
+\[
+\sum_{i} a_i
+- b*c*d \\
+\]
+
+It costs $5 and $6, **really** $7."""
+
+
 @pytest.fixture(scope="module")
 def lesson(jupyterlab: JupyterLab) -> Iterator[LessonRun]:
     """Lesson 4 after "Run All Cells". Its kernel has a `service` with the bundled model."""
@@ -400,6 +443,49 @@ def test_the_stored_copy_of_a_hostile_chat_is_only_text(notebook: NotebookPage, 
     stored = chat.page.locator(".helpers-chat-stored")
     stored.get_by_text("$5 or $6").wait_for(state="attached")
     assert stored.locator("a, img, script, svg, h1, mjx-container").count() == 0
+
+
+def test_right_to_left_text_is_laid_out_from_right_to_left(notebook: NotebookPage, scripted: ScriptedService) -> None:
+    say(scripted, RIGHT_TO_LEFT)
+    chat = show(notebook, scripted.port)
+    chat.entry.fill("שלום, מה זה `ls`?")
+    assert chat.entry.evaluate(DIRECTION) == "rtl"
+    chat.click("Settings")
+    chat.root.get_by_label("System prompt").fill("ענה בקצרה.")
+    assert chat.root.get_by_label("System prompt").evaluate(DIRECTION) == "rtl"
+    chat.click("Settings")
+    chat.ask("שלום, מה זה `ls`?")
+    chat.python("box.wait()")
+    stored = chat.page.locator(".helpers-chat-stored").last
+    stored.get_by_text("שלום, מה").wait_for(state="attached")
+    for shown in (chat.log, stored):
+        directions = {
+            name: shown.locator(f".helpers-chat-{name}").last.evaluate(DIRECTION)
+            for name in ("question", "answer > p", "answer li", "answer td", "answer blockquote p", "answer pre code")
+        }
+        assert directions.pop("answer pre code") == "ltr"
+        assert set(directions.values()) == {"rtl"}, directions
+        assert [element.evaluate(DIRECTION) for element in shown.locator("p code, p span[dir]").all()] == ["ltr"] * 2
+    for item in chat.log.locator(".helpers-chat-answer li").all():
+        end, side = item.evaluate(SIDES)
+        assert end > side - 60, "an item is far from its bullet"
+    assert chat.entry.evaluate(DIRECTION) == "ltr"
+    notebook.take_pictures("right_to_left")
+
+
+def test_formulas_and_prices_are_shown_as_they_are_written(notebook: NotebookPage, scripted: ScriptedService) -> None:
+    say(scripted, FORMULAS)
+    chat = show(notebook, scripted.port)
+    chat.ask("What is $a*b*c$?")
+    chat.python("box.wait()")
+    for shown in (chat.log, chat.page.locator(".helpers-chat-stored")):
+        shown.get_by_text("really").wait_for(state="attached")
+        text = shown.locator(".helpers-chat-answer").text_content()
+        for formula in (r"\(x_1*y*z\)", "$a*b*c$", r"\sum_{i}", "- b*c*d", r"\]", "$5 and $6, really $7"):
+            assert formula in text
+        assert shown.locator("em, li, mjx-container").count() == 0
+        assert shown.locator("strong").all_text_contents() == ["really"]
+    notebook.take_pictures("formulas")
 
 
 def test_the_log_follows_an_answer_but_not_if_the_user_has_scrolled_up(

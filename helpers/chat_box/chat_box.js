@@ -1,4 +1,5 @@
-// What the widgets of ipywidgets cannot do: keys, the clipboard, scrolling, and roles for screen readers.
+// What the widgets of ipywidgets cannot do: keys, the clipboard, scrolling, the direction of typed text, and roles for
+// screen readers.
 // Runs once for each box on the page, when the box's style has loaded. `root` is the box's outermost element.
 (root => {
     if (!root || root.dataset.ready) return;
@@ -102,6 +103,7 @@
     };
 
     const settle = () => {
+        for (const text of root.querySelectorAll("textarea")) text.dir = "auto";
         const log = find("log");
         if (!log) return;
         if (!log.hasAttribute("role")) {

@@ -1,7 +1,7 @@
 """The HTML of a chat: a turn, the style and script of a box, and the copy that the notebook stores.
 
 The text of a model is untrusted. Its Markdown is rendered, but HTML, links and images in it stay text, so nothing
-in an answer can run, load or be followed.
+in an answer can run, load or be followed. The first letter of a text decides its direction.
 """
 
 from __future__ import annotations
@@ -10,27 +10,21 @@ import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from markdown_it import MarkdownIt
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import get_lexer_by_name
-
 from ..conversation import Turn
+from .markdown import render_markdown
 
 EMPTY = "Nothing has been said yet."
 
 _FOLDER = Path(__file__).parent
-_LANGUAGES = {"bash", "c", "cpp", "css", "go", "html", "java", "javascript", "js", "json", "python", "py", "rust", "sh"}
-_LANGUAGES |= {"shell", "sql", "toml", "typescript", "yaml"}
 
 
 def turn_html(turn: Turn) -> str:
     """Return a question, its answer, and below it the error, if any, and the summary."""
     answer = turn.answer
-    error = f'<div class="helpers-chat-error" role="alert">{html.escape(answer.error)}</div>' if answer.error else ""
+    error = error_html(answer.error, ' role="alert"') if answer.error else ""
     return (
         '<div class="helpers-chat-turn" role="article">'
-        f'<div class="helpers-chat-question">{_speaker("You")}{html.escape(turn.question)}</div>'
+        f'<div class="helpers-chat-question" dir="auto">{_speaker("You")}{html.escape(turn.question)}</div>'
         f'<div class="helpers-chat-answer">{_speaker("Model")}{render_markdown(answer.text)}</div>'
         f'{error}<div class="helpers-chat-summary">{html.escape(answer.summary)}</div></div>'
     )
@@ -45,9 +39,9 @@ def copy_button(turn: Turn) -> str:
     return f'<button type="button" class="helpers-chat-copy" {label} data-copy="{text}">Copy</button>'
 
 
-def error_html(error: str) -> str:
-    """Return an error as HTML, for a question that has no turn."""
-    return f'<div class="helpers-chat-error">{html.escape(error)}</div>'
+def error_html(error: str, attributes: str = "") -> str:
+    """Return an error as HTML."""
+    return f'<div class="helpers-chat-error" dir="auto"{attributes}>{html.escape(error)}</div>'
 
 
 def head(box_id: str) -> str:
@@ -71,14 +65,9 @@ def stored_copy(box_id: str, turns: Sequence[Turn], html_of: Callable[[Turn], st
     }
 
 
-def render_markdown(text: str) -> str:
-    """Return `text` as HTML. A line break stays one, and HTML, links and images stay text."""
-    return _MARKDOWN.render(text)
-
-
 def _speaker(name: str) -> str:
-    """Return who speaks, for screen readers only."""
-    return f'<span class="helpers-chat-speaker"><b>{name}:</b> </span>'
+    """Return who speaks, for screen readers only. Its own `dir` keeps it from deciding the text's."""
+    return f'<span class="helpers-chat-speaker" dir="ltr"><b>{name}:</b> </span>'
 
 
 def _css() -> str:
@@ -87,23 +76,3 @@ def _css() -> str:
 
 def _copy_class(box_id: str) -> str:
     return f"helpers-chat-stored-{box_id}"
-
-
-def _markdown() -> MarkdownIt:
-    # lheading: a line of dashes would turn the line above it into a heading while the answer is being streamed
-    disabled = ["html_block", "html_inline", "link", "image", "autolink", "reference", "lheading"]
-    options = {"html": False, "breaks": True, "maxNesting": 100, "highlight": _highlight}
-    return MarkdownIt("commonmark", options).enable(["table", "strikethrough"]).disable(disabled)
-
-
-def _highlight(code: str, language: str, _: str) -> str:
-    """Return `code` as HTML in colours, or "" to show it as it is.
-
-    Some lexers of Pygments take minutes for a malicious text, which would block the kernel.
-    """
-    if language not in _LANGUAGES or len(code) > 2_000:
-        return ""
-    return highlight(code, get_lexer_by_name(language, stripnl=False), HtmlFormatter(nowrap=True))
-
-
-_MARKDOWN = _markdown()

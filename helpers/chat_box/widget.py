@@ -22,7 +22,7 @@ from IPython.display import display
 
 from ..answer import FINISH_REASONS, Answer
 from ..conversation import Conversation, Turn
-from ..errors import InvalidRequest, to_wire
+from ..errors import HelpersError, InvalidRequest, to_wire
 from . import page
 from .settings import Settings
 from .turn_list import TurnList
@@ -147,7 +147,7 @@ class ChatBox:
         try:
             action()
         except Exception as error:
-            self._error = to_wire(error)
+            self._error = _sentence(error)
         self._settings.draw()
         self._draw()
         self._follow()
@@ -180,7 +180,7 @@ class ChatBox:
                     drawn = time.monotonic()
                     took = drawn - now
         except Exception as exception:
-            error = to_wire(exception)
+            error = _sentence(exception)
         if not self._has_turn(answer):  # otherwise the turn shows the error
             self._error, self._retry, self._unanswered = error, attempt, attempt
         self._running = None
@@ -211,10 +211,8 @@ class ChatBox:
     # --- User actions ---
 
     def _on_text(self, change: dict[str, Any]) -> None:
-        text, actions = (
-            change["new"],
-            {_SEND: self._send_text, _EDIT: self._begin_editing, _CANCEL: self._cancel_editing},
-        )
+        text: str = change["new"]
+        actions = {_SEND: self._send_text, _EDIT: self._begin_editing, _CANCEL: self._cancel_editing}
         if action := actions.get(text[-1:]):
             self._entry.value = text[:-1]
             self._do(action)
@@ -237,6 +235,8 @@ class ChatBox:
         """Put the unanswered question, or else the latest one, into the entry."""
         if self._unanswered:
             question, self._edit = self._unanswered
+        elif not self.conversation.turns:  # a cell has removed them
+            raise InvalidRequest("There is no question left to edit. Ask another one.")
         else:
             turn = self.conversation.turns[-1]
             question, self._edit = turn.question, lambda question: self._ask_in_place_of(turn, question)
@@ -313,3 +313,8 @@ def _named(name: str, widget: Any) -> Any:
     """Add the class ``helpers-chat-NAME`` to the widget, for the style and the script, and return it."""
     widget.add_class(f"helpers-chat-{name}")
     return widget
+
+
+def _sentence(error: Exception) -> str:
+    """Return the message of an error. One that is no `HelpersError` comes from this program, so name its class."""
+    return to_wire(error) if isinstance(error, HelpersError) else f"{type(error).__name__}: {error}"
