@@ -45,7 +45,7 @@ def show_help(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Stream one answer, token by token, from a small model: no account, no GPU."""
-    become(set_up(options, "model"), "-m", "helpers", "ask", *options.words)
+    become(set_up(options, "model"), "-m", "helpers", "ask", *options.words, stdin=subprocess.DEVNULL)
 
 
 def test_fast(options: argparse.Namespace) -> None:
@@ -152,11 +152,16 @@ def run(*command: str) -> None:
         sys.exit(code)
 
 
-def become(*command: str) -> None:
-    """Run a command in place of this process, so that Ctrl-C and signals reach it alone."""
+def become(*command: str, stdin: int | None = None) -> None:
+    """Run a command in place of this process, so that Ctrl-C and signals reach it alone.
+
+    `stdin` is None for this process's own, or subprocess.DEVNULL.
+    """
     if os.name == "nt":  # Windows has no exec that waits
-        sys.exit(subprocess.call(command))
+        sys.exit(subprocess.call(command, stdin=stdin))
     sys.stdout.flush()
+    if stdin == subprocess.DEVNULL:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execv(command[0], command)
 
 

@@ -36,7 +36,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
 
     monkeypatch.setattr(dev, "set_up", set_up)
     monkeypatch.setattr(dev, "run", lambda *command: recorded.append(list(command)))
-    monkeypatch.setattr(dev, "become", lambda *command: recorded.append(list(command)))
+    monkeypatch.setattr(dev, "become", lambda *command, **_: recorded.append(list(command)))
     monkeypatch.setattr(dev, "ROOT", Path.cwd())  # main changes into it
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     return recorded
@@ -115,6 +115,28 @@ def test_the_last_command_takes_the_place_of_the_script() -> None:
 
 
 # ---- What each task runs
+
+
+@pytest.mark.main
+@pytest.mark.parametrize("stdin", ["empty", "silent", "a question", "closed"])
+def test_the_demo_asks_the_articles_question_whatever_stdin_is(stdin: str) -> None:
+    program = f"import os, sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import dev\n"
+    program += "dev.set_up = lambda *_: sys.executable\n"
+    program += "if sys.argv.pop(1) == 'closed': os.close(0)\n"
+    program += "dev.main(['demo', '--port', '1'])"
+    reading, writing = os.pipe()
+    os.write(writing, b"What?\n" if stdin == "a question" else b"")
+    if stdin != "silent":
+        os.close(writing)
+    done = subprocess.run(
+        [sys.executable, "-c", program, stdin], stdin=reading, capture_output=True, text=True, timeout=300
+    )
+    os.close(reading)
+    if stdin == "silent":
+        os.close(writing)
+    question, failure = done.stderr.splitlines()
+    assert question.startswith("The article's question: ")
+    assert failure.startswith("ServiceUnavailable: ")
 
 
 @pytest.mark.parametrize(
