@@ -438,6 +438,7 @@ def test_a_long_line_and_tab_arrive_while_the_answers_go_into_a_file(scripted: S
             terminal.read_until("> ")
             terminal.type("/wi\t\n")
             terminal.read_until("(30 of 512 tokens used, 482 left)")
+            terminal.read_until("> ")
             terminal.type(CTRL_D)
             assert terminal.process.wait(300) == 0
     assert (tmp_path / "answers.txt").read_text() == "1:0 \n"
