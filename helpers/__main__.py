@@ -105,7 +105,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _question(argument: str | None) -> str:
-    """Return the question to ask. Raise `InvalidRequest` if it is blank or not text."""
+    """Return the question to ask. Raise `InvalidRequest` if it is empty or not text."""
     if argument is None and not has_piped_input():
         write(f"The article's question: {QUESTION}", sys.stderr)
         return QUESTION

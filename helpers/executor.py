@@ -102,7 +102,7 @@ class TokenStreamingExecutor(Executor):
             print(to_wire(error), file=sys.stderr, flush=True)
             logging.disable()  # Jina's own log says less about it
             raise
-        self._longest_token = max(map(len, self.chat_model.tokenizer.get_vocab()))
+        self._longest_token = prompts.longest_token(self.chat_model.tokenizer)
 
     @requests(on="/stream")
     async def task(self, doc: PromptRequest, **kwargs: Any) -> ModelOutputDocument:

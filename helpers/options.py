@@ -116,8 +116,7 @@ class EngineArgs:
     @classmethod
     def from_namespace(cls, options: argparse.Namespace) -> EngineArgs:
         """Return the limits from the command line, with the defaults for the others."""
-        given = {field.name: getattr(options, field.name) for field in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def to_arguments(self) -> list[str]:
         """Return the words of a command line from which `from_namespace` reads the same limits."""
@@ -137,10 +136,7 @@ def check_port(port: Any) -> int:
 
     Raise `InvalidRequest` if it is anything else.
     """
-    number = PORT if port is None else _whole_number(port)
-    if number is None or not 1 <= number <= 65535:
-        raise InvalidRequest(f"{port!r} is not a port. Give the port that the service printed when it was ready.")
-    return number
+    return _checked_port(port, 1, "Give the port that the service printed when it was ready.")
 
 
 def check_port_to_serve(port: Any) -> int:
@@ -148,9 +144,13 @@ def check_port_to_serve(port: Any) -> int:
 
     Raise `InvalidRequest` if it is anything else.
     """
+    return _checked_port(port, 0, "Choose one from 1 to 65535, or 0 for any free port.")
+
+
+def _checked_port(port: Any, lowest: int, fix: str) -> int:
     number = PORT if port is None else _whole_number(port)
-    if number is None or not 0 <= number <= 65535:
-        raise InvalidRequest(f"{port!r} is not a port. Choose one from 1 to 65535, or 0 for any free port.")
+    if number is None or not lowest <= number <= 65535:
+        raise InvalidRequest(f"{port!r} is not a port. {fix}")
     return number
 
 

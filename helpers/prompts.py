@@ -139,7 +139,7 @@ def count_tokens(prompt: str | Sequence[Message], tokenizer: Tokenizer, *, windo
     if window is None or isinstance(prompt, str):
         return len(token_ids(prompt, tokenizer))
     system, turns = _split(check_dialog(prompt))
-    longest = _longest_token(tokenizer)
+    longest = longest_token(tokenizer)
     split = len(turns) - 1 - 2 * _turns_within(turns, longest * window)
     left_out = sum(len(message["content"].strip()) for message in turns[:split])
     return len(_dialog_ids([*system, *turns[split:]], tokenizer)) + math.ceil(left_out / min(4, longest))
@@ -171,7 +171,7 @@ def fit_to_window(messages: Sequence[Message], tokenizer: Tokenizer, *, window: 
     """
     system, turns = _split(check_dialog(messages))
     # a turn with more characters cannot fit, and encoding millions of them takes seconds
-    possible = _turns_within(turns, _longest_token(tokenizer) * max(1, window - max_tokens))
+    possible = _turns_within(turns, longest_token(tokenizer) * max(1, window - max_tokens))
     count = len(turns) // 2
 
     def keeping(kept: int) -> FittedDialog:
@@ -209,7 +209,7 @@ def _turns_within(turns: Sequence[Message], characters: int, *, around: int = 0)
     return max(0, fitting - 1) // 2
 
 
-def _longest_token(tokenizer: Any) -> int:
+def longest_token(tokenizer: Any) -> int:
     """Return the largest number of characters that one token stands for."""
     return _read_longest_token(tokenizer, len(tokenizer))
 

@@ -12,21 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from dialogs import assistant, system, user
 from helpers.errors import InvalidRequest
 from helpers.messages import Message, check_dialog, check_history, plain_messages
-
-
-def system(content: str) -> Message:
-    return {"role": "system", "content": content}
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
 
 # --- Shapes of a message --------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dialogs import assistant, system, user
 from helpers.errors import InvalidRequest
 from helpers.prompts import (
     QUESTION,
@@ -56,18 +57,6 @@ question, don't share false information.
 <</SYS>>
 If I punch myself in the face and it hurts, am I weak or strong? [/INST]
 """
-
-
-def system(content: str) -> Message:
-    return {"role": "system", "content": content}
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
 
 
 KINDS = ["legacy=False", "legacy=True", "tokenizer.json as it is"]
@@ -523,18 +512,24 @@ def test_what_is_not_a_dialog_is_refused_before_it_is_fitted(llama2_tokenizer: A
         fit_to_window([user("")], llama2_tokenizer, window=100, max_tokens=10)
 
 
-def test_a_long_dialog_is_not_encoded_once_per_turn(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = 512
-    dialog = [user("a"), assistant("b")] * turns + [user("c")]
-    whole = count_tokens(dialog, llama2_tokenizer)
+def count_encoded(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which each text is added that the tokenizer encodes from now on."""
     encoded: list[str] = []
-    encode = llama2_tokenizer.encode
+    encode = tokenizer.encode
 
     def counting(text: str, **options: Any) -> list[int]:
         encoded.append(text)
         return encode(text, **options)
 
-    monkeypatch.setattr(llama2_tokenizer, "encode", counting)
+    monkeypatch.setattr(tokenizer, "encode", counting)
+    return encoded
+
+
+def test_a_long_dialog_is_not_encoded_once_per_turn(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = 512
+    dialog = [user("a"), assistant("b")] * turns + [user("c")]
+    whole = count_tokens(dialog, llama2_tokenizer)
+    encoded = count_encoded(llama2_tokenizer, monkeypatch)
     fitted = fit_to_window(dialog, llama2_tokenizer, window=whole - 1, max_tokens=1)
     assert fitted.dropped_turns == 1
     assert len(encoded) <= (turns + 1) * 11
@@ -542,14 +537,7 @@ def test_a_long_dialog_is_not_encoded_once_per_turn(llama2_tokenizer: Any, monke
 
 def test_turns_that_cannot_fit_are_not_encoded(llama2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dialog = [user("word " * 50), assistant("word " * 50)] * 500 + [user("c")]
-    encoded: list[str] = []
-    encode = llama2_tokenizer.encode
-
-    def counting(text: str, **options: Any) -> list[int]:
-        encoded.append(text)
-        return encode(text, **options)
-
-    monkeypatch.setattr(llama2_tokenizer, "encode", counting)
+    encoded = count_encoded(llama2_tokenizer, monkeypatch)
     fitted = fit_to_window(dialog, llama2_tokenizer, window=512, max_tokens=100)
     assert fitted.dropped_turns in (496, 497)
     assert len(encoded) < 40
