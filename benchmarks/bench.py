@@ -18,18 +18,28 @@ import itertools
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import gguf_files
+import helpers
 from backends import (
+    DTYPES,
     Backend,
+    Dialog,
+    LlamaCppPythonServer,
+    LlamaServer,
     Loop,
     LoopProcess,
+    Server,
     Service,
     TransformersServe,
     article_loop,
@@ -37,10 +47,24 @@ from backends import (
     llama_cpp_loop,
     load,
     load_llama_cpp,
-    masked_bare_loop,
 )
-from helpers import catalog, memory, models, prompts
-from measurements import ARTICLE, SERVICE, Arrivals, Run, Runs, by_length, ratio, ratios, table
+from helpers import bundled, catalog, memory, models, prompts
+from measurements import (
+    ARTICLE,
+    BASELINE,
+    SERVICE,
+    Prefill,
+    Row,
+    Run,
+    Runs,
+    by_length,
+    prefill_table,
+    rates_table,
+    ratio,
+    ratios_table,
+)
+
+PROJECT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +75,11 @@ class Scale:
     tokens: int
     """The length of each answer in the rounds."""
     clients: tuple[int, ...]
-    """The numbers of clients that ask this service at once. The next three fields are for other backends."""
-    bare_clients: tuple[int, ...]
-    batching_clients: tuple[int, ...]
+    """The numbers of clients that ask at once, of a backend that answers them together."""
     queueing_clients: tuple[int, ...]
+    """The same, of a backend that answers one after the other."""
+    prompt_words: int
+    """The number of words in the long prompt."""
     article_tokens: int
     """The length of the long answers that the article's loop gives too."""
     long_tokens: int
@@ -63,19 +88,14 @@ class Scale:
     """The number of words in each of the two long questions of the conversation."""
     turn_tokens: int
     """The length of each answer in the conversation."""
-    cache_blocks: int | None = None
-    """The KV cache of `transformers serve --continuous-batching`; None leaves its size to that program."""
-    one_loop_process: bool = False
-    """True if the loops share one process. They then have one start and one figure for the memory."""
 
 
 FULL = Scale(
     rounds=5,
     tokens=64,
-    clients=(1, 4, 8, 16, 32),
-    bare_clients=(1, 4, 8, 16),
-    batching_clients=(1, 8, 16),
+    clients=(1, 8, 32),
     queueing_clients=(1, 8),
+    prompt_words=800,
     article_tokens=256,
     long_tokens=1000,
     list_words=440,
@@ -85,56 +105,118 @@ QUICK = Scale(
     rounds=1,
     tokens=16,
     clients=(1, 8),
-    bare_clients=(1, 8),
-    batching_clients=(8,),
-    queueing_clients=(8,),
+    queueing_clients=(1,),
+    prompt_words=200,
     article_tokens=24,
     long_tokens=64,
     list_words=60,
     turn_tokens=8,
-    cache_blocks=64,
-    one_loop_process=True,
 )
+
+FORMATS = {"fp32": "F32", "int8": "Q8_0"}
+"""Precision → llama.cpp's format with the same number of bits."""
+SLOTS = 8
+"""The number of sequences that llama.cpp's server runs at once."""
+OTHERS = 4
+"""The number of answers that a long prompt disturbs."""
+PAUSE = 0.3
+"""Seconds before each measurement. A backend's threads may spin for 0.2 s after their last work."""
+INSTRUCTION_SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "sve"),  # on ARM
+)
+LEGEND = (
+    "int8 is Q8_0 for llama.cpp. llama.cpp's server has "
+    f"{SLOTS} slots; llama-cpp-python and plain `transformers serve` answer one request after the other. "
+    "The bare loop and the article's loop share a process."
+)
+
+COLOURS = ("red", "green", "blue", "black", "white")
 
 _numbers = itertools.count(1)
 
 
-def questions(n: int) -> list[str]:
-    """Return `n` questions with long answers. All are new, so only the system prompt can be in a cache."""
-    return [f"Story {next(_numbers)}: write a long tale of a lighthouse, a storm and a lost ship." for _ in range(n)]
-
-
-def other_backends(model: str, precision: str, scale: Scale) -> list[Backend]:
-    """Return the backends beside this service that can run `model` at `precision`, not yet started."""
-    folder = models.source_of(model)
-
-    def new_process() -> LoopProcess:
-        return LoopProcess(load, folder, precision)
-
-    shared = new_process() if scale.one_loop_process else None
-
-    def loop(name: str, function: Callable[..., Arrivals], clients: Sequence[int]) -> Loop:
-        return Loop(name, shared or new_process(), function, clients)
-
-    backends: list[Backend] = [
-        loop("bare loop", bare_loop, scale.bare_clients),
-        loop("bare loop, with a mask", masked_bare_loop, scale.bare_clients),
-        loop(ARTICLE, article_loop, (1,)),
+def stories(n: int) -> list[Dialog]:
+    """Return `n` dialogs with long answers. All are new, so only the system prompt can be in a cache."""
+    return [
+        [
+            {"role": "system", "content": prompts.SYSTEM_PROMPT},
+            {"role": "user", "content": f"Story {next(_numbers)}: write a long tale of a lighthouse and a lost ship."},
+        ]
+        for _ in range(n)
     ]
-    if dtype := {"fp32": "float32", "bf16": "bfloat16"}.get(precision):
-        for batching, clients in ((True, scale.batching_clients), (False, scale.queueing_clients)):
-            backends.append(
-                TransformersServe(folder, dtype, clients, continuous_batching=batching, cache_blocks=scale.cache_blocks)
-            )
-    if model == catalog.BUNDLED and importlib.util.find_spec("llama_cpp"):
-        backends.append(Loop("llama-cpp-python, Q4_1", LoopProcess(load_llama_cpp), llama_cpp_loop, (1, 8)))
-    return backends
+
+
+def coloured_list(words: int) -> str:
+    """Return a text of `words` words."""
+    return "Read this list. " + " ".join(f"{COLOURS[n % 5]} {n}" for n in range(words // 2))
+
+
+def cold_prompt(words: int) -> Dialog:
+    """Return a dialog with a question of about `words` words, of which nothing can be in a cache."""
+    question = f"{coloured_list(words)} Write a tale about these colours."
+    return [{"role": "system", "content": new_system_prompt()}, {"role": "user", "content": question}]
+
+
+def new_system_prompt() -> str:
+    """Return a system prompt that differs from all others at its very beginning."""
+    return f"{next(_numbers)}. {prompts.SYSTEM_PROMPT}"
+
+
+def transformers_backends(folder: str, precision: str, scale: Scale) -> Iterator[Backend]:
+    """Yield the article's loop, a bare loop and `transformers serve`, with one process for both loops."""
+    loops = LoopProcess(load, folder, DTYPES[precision])
+    yield Loop(Row("bare loop", precision), scale.clients, process=loops, loop=bare_loop)
+    yield Loop(Row(ARTICLE, precision), (1,), process=loops, loop=article_loop)
+    yield TransformersServe(precision, scale.clients, folder=folder, batching=True)
+    yield TransformersServe(precision, scale.queueing_clients, folder=folder, batching=False)
+
+
+def llama_cpp_backends(original: Path, precisions: Sequence[str], scale: Scale, folder: Path) -> Iterator[Backend]:
+    """Yield what is installed of llama.cpp, with the model of `original` as it is, in 4 bit, and at `precisions`.
+
+    Write the files for the precisions into `folder`.
+    """
+    server = shutil.which("llama-server")
+    in_process = importlib.util.find_spec("llama_cpp") is not None
+    if not server and not in_process:
+        return
+    for precision in [*(one for one in precisions if one in FORMATS), "Q4_1"]:
+        file, suffix = original, ""
+        if format := FORMATS.get(precision):
+            file, suffix = folder / f"{format}.gguf", f", {format}"
+            gguf_files.convert(original, file, format)
+        if in_process:
+            process = LoopProcess(load_llama_cpp, str(file))
+            yield Loop(Row(f"llama-cpp-python{suffix}", precision), (1,), process=process, loop=llama_cpp_loop)
+        if server:
+            row = Row(f"llama-server{suffix}", precision)
+            yield LlamaServer(row, scale.clients, program=server, file=file, slots=SLOTS)
+        elif LlamaCppPythonServer.is_installed():
+            row = Row(f"llama-cpp-python's server{suffix}", precision)
+            yield LlamaCppPythonServer(row, scale.queueing_clients, file=file)
+
+
+def all_backends(options: argparse.Namespace, scale: Scale, folder_for_gguf: Path) -> Iterator[Backend]:
+    """Yield this service at each precision, and then the other backends that can run the model, not yet started."""
+    folder = models.source_of(options.model)
+    first, *_ = options.precisions
+    for precision in options.precisions:
+        yield Service(Row(SERVICE, precision), scale.clients, project=PROJECT, model=folder)
+    if options.baseline:
+        yield Service(Row(BASELINE, first), scale.clients, project=options.baseline.resolve(), model=folder)
+    others: list[Backend] = []
+    if first in DTYPES:
+        others += transformers_backends(folder, first, scale)
+    if options.model == catalog.BUNDLED:
+        others += llama_cpp_backends(bundled.bundled_gguf(), options.precisions, scale, folder_for_gguf)
+    yield from (other for other in others if any(word in str(other.row) for word in options.only))
 
 
 def start(backends: Sequence[Backend], stack: ExitStack) -> None:
     """Start all backends at the same time, and let `stack` close them."""
-    for backend in reversed(backends):  # this service, the first, starts last: the others load meanwhile
-        print(f"starting {backend.name}", flush=True)
+    for backend in backends:
+        print(f"starting {backend.row}", flush=True)
         backend.start()
         stack.callback(backend.close)
     for backend in backends:
@@ -144,16 +226,35 @@ def start(backends: Sequence[Backend], stack: ExitStack) -> None:
 def measure_rounds(backends: Sequence[Backend], scale: Scale) -> Runs:
     """Ask every backend in every round, in a random order."""
     todo = [(backend, clients) for backend in backends for clients in backend.clients]
-    runs: Runs = {(backend.name, clients): [] for backend, clients in todo}
+    runs: Runs = {(backend.row, clients): [] for backend, clients in todo}
     order = random.Random(0)
     for backend in backends:
-        backend.answer(questions(1), 4)  # warms up
+        backend.answer(stories(max(backend.clients)), 4)  # warms up, and fills the caches with the system prompt
     for n in range(scale.rounds):
         for backend, clients in order.sample(todo, len(todo)):
-            run = Run(backend.answer(questions(clients), scale.tokens))
-            runs[backend.name, clients].append(run)
-            print(f"round {n + 1}: {backend.name}, {clients}: {run.rate:.1f} tokens/s", flush=True)
+            time.sleep(PAUSE)
+            run = Run(backend.answer(stories(clients), scale.tokens))
+            runs[backend.row, clients].append(run)
+            print(f"round {n + 1}: {backend.row}, {clients}: {run.rate:.1f} tokens/s", flush=True)
     return runs
+
+
+def measure_prefill(servers: Sequence[Server], scale: Scale) -> tuple[int, dict[Row, list[Prefill]]]:
+    """Send a long prompt to each server, alone and beside `OTHERS` answers, in up to three rounds, in a random order.
+
+    Return the length of the prompt in tokens, and the results. The first server is this service.
+    """
+    prefills: dict[Row, list[Prefill]] = {server.row: [] for server in servers}
+    order = random.Random(0)
+    for n in range(min(scale.rounds, 3)):
+        for server in order.sample(servers, len(servers)):
+            time.sleep(PAUSE)
+            (alone,) = Run(server.answer([cold_prompt(scale.prompt_words)], 1)).first_tokens
+            beside, before, during = server.interrupt(stories(OTHERS), cold_prompt(scale.prompt_words), after=16)
+            prefills[server.row].append(Prefill(alone, beside, before, during))
+            print(f"long prompt, round {n + 1}: {server.row}: {alone:.2f} s, beside others {beside:.2f} s", flush=True)
+    size = helpers.ask(cold_prompt(scale.prompt_words), max_tokens=1, port=servers[0].port).prompt_tokens
+    return size, prefills
 
 
 @dataclass(frozen=True)
@@ -181,28 +282,26 @@ def measure_long_answers(service: Backend, article: Backend, scale: Scale) -> Lo
     """Ask for long answers, one client at a time."""
     answers = LongAnswers([], [], [])
     for n in range(min(scale.rounds, 2)):
-        answers.service.append(Run(service.answer(questions(1), scale.long_tokens)))
-        answers.article.append(Run(article.answer(questions(1), scale.article_tokens)))
-        answers.service_as_short.append(Run(service.answer(questions(1), scale.article_tokens)))
+        answers.service.append(Run(service.answer(stories(1), scale.long_tokens)))
+        answers.article.append(Run(article.answer(stories(1), scale.article_tokens)))
+        answers.service_as_short.append(Run(service.answer(stories(1), scale.article_tokens)))
         rates = [answers.article[-1].rate, answers.service_as_short[-1].rate]
         print(f"long answers, round {n + 1}: {rates[0]:.1f} and {rates[1]:.1f} tokens/s", flush=True)
     return answers
 
 
-def measure_third_turn(service: Service, scale: Scale) -> str:
+def measure_third_turn(service: Server, scale: Scale) -> str:
     """Compare the TTFT of a conversation's third turn with that of the same dialog, sent to a service that does not
     have it in its cache. Return the result as a sentence."""
-    colours = ("red", "green", "blue", "black", "white")
-    text = " ".join(f"{colours[n % 5]} {n}" for n in range(scale.list_words // 2))
-    turns = (f"Read this list. {text}", f"And this one. {text}", "Which colour came first?")
+    turns = [coloured_list(scale.list_words), coloured_list(scale.list_words), "Which colour came first?"]
     warm, cold, size = [], [], 0
     for _ in range(scale.rounds):
-        talk = service.service.conversation(_new_system_prompt(), max_tokens=scale.turn_tokens)
+        talk = helpers.Conversation(new_system_prompt(), max_tokens=scale.turn_tokens, port=service.port)
         for question in turns:
             talk.ask(question)
         warm.append(talk.answer.time_to_first_token)
-        same = [{"role": "system", "content": _new_system_prompt()}, *talk.messages[1:-1]]
-        answer = service.service.ask(same, max_tokens=scale.turn_tokens)
+        same = [{"role": "system", "content": new_system_prompt()}, *talk.messages[1:-1]]
+        answer = helpers.ask(same, max_tokens=scale.turn_tokens, port=service.port)
         cold.append(answer.time_to_first_token)
         size = answer.prompt_tokens
     return (
@@ -211,25 +310,26 @@ def measure_third_turn(service: Service, scale: Scale) -> str:
     )
 
 
-def _new_system_prompt() -> str:
-    """Return a system prompt that differs from all others at its very beginning."""
-    return f"{next(_numbers)}. {prompts.SYSTEM_PROMPT}"
-
-
 def machine() -> str:
-    """Return, in a line, the processor and the versions."""
-    names = ("torch", "transformers", "jina")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
+    """Return, in a line, the processor, its instruction sets for deep learning, and the versions."""
+    import torch
 
-
-def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = [line.split(":", 1) for line in info.read_text().splitlines() if ":" in line] if info.exists() else []
+    facts = {name.strip(): value.strip() for name, value in lines}
+    processor = facts.get("model name") or platform.processor() or platform.machine()
+    has = set(facts.get("flags", facts.get("Features", "")).split())  # Features: on ARM
+    sets = ", ".join(name for name in INSTRUCTION_SETS if name in has) or "unknown"
+    names = ("torch", "transformers", "jina", "llama_cpp_python")
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in names
+        if importlib.util.find_spec(name.removesuffix("_python"))
+    ]
+    return (
+        f"{processor}, {os.cpu_count()} cores; instruction sets: {sets}; torch uses "
+        f"{torch.backends.cpu.get_cpu_capability()}. Python {platform.python_version()}, {', '.join(versions)}"
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -237,7 +337,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round, short answers, fewer clients")
     parser.add_argument("--rounds", type=int, help=f"default: {FULL.rounds}; with --quick: {QUICK.rounds}")
     parser.add_argument("--model", default=catalog.BUNDLED, help="a Hub id, a folder, or smollm2 (the default)")
-    parser.add_argument("--precision", default="fp32", choices=list(memory.PRECISIONS), help="default: fp32")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["fp32", "int8"], choices=list(memory.PRECISIONS),
+        help="of this service (default: fp32 int8). The other backends run at the same ones if they can",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FOLDER",
+        help="another checkout of this project, whose service is measured too, at the first precision",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        default=[""],
+        help="of the other backends, only those with a WORD in their names",
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="the folder for the results")
     return parser.parse_args()
 
@@ -252,27 +366,38 @@ def main() -> None:
         scale = dataclasses.replace(scale, rounds=options.rounds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # closes the backends
     with ExitStack() as stack:
-        service = Service(models.source_of(options.model), options.precision, scale.clients)
-        backends = [service, *other_backends(options.model, options.precision, scale)]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        backends = list(all_backends(options, scale, folder))
         start(backends, stack)
-        article = next(backend for backend in backends if backend.name == ARTICLE)
+        service, *_ = (backend for backend in backends if isinstance(backend, Service))
+        article = next((backend for backend in backends if backend.row.name == ARTICLE), None)
         runs = measure_rounds(backends, scale)
-        long_answers = measure_long_answers(service, article, scale)
+        servers = [backend for backend in backends if isinstance(backend, (Service, LlamaServer))]
+        prompt_tokens, prefills = measure_prefill(servers, scale)
         third_turn = measure_third_turn(service, scale)
-        peak_memory = {backend.name: backend.peak_memory() for backend in backends}
+        long_answers = measure_long_answers(service, article, scale) if article else None
+        peak_memory = {backend.row: backend.peak_memory() for backend in backends}
 
-    facts = [*ratios(runs), *long_answers.facts(scale), third_turn]
-    summary = (
-        f"{options.model} at {options.precision}, {scale.tokens} new tokens for each client, "
-        f"medians of {scale.rounds} rounds.\n{machine()}.\n\n"
-        + table(runs, peak_memory)
-        + "\n\n"
-        + "".join(f"- {fact}\n" for fact in facts)
-    )
+    facts = [*(long_answers.facts(scale) if long_answers else []), third_turn]
+    summary = f"""\
+{options.model}, {scale.tokens} new tokens for each client, medians of {scale.rounds} rounds. {LEGEND}
+
+{machine()}.
+
+{rates_table(runs, peak_memory)}
+
+{ratios_table(runs)}
+
+A cold prompt of {prompt_tokens} tokens, alone and beside {OTHERS} running answers:
+
+{prefill_table(prefills, prompt_tokens, OTHERS)}
+
+""" + "".join(f"- {service.row}: {fact}\n" for fact in facts)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.md").write_text(f"# What `make bench` measured\n\n{summary}", encoding="utf-8")
     pictures.draw_rates(runs, options.output / "rates.png")
-    pictures.draw_costs(long_answers.service, long_answers.article, options.output / "costs.png")
+    if long_answers:
+        pictures.draw_costs(long_answers.service, long_answers.article, options.output / "costs.png")
     print(f"\n{summary}")
 
 

@@ -1,18 +1,30 @@
-"""The benchmark's figures, computed from the times at which tokens arrived. Standard library only.
+"""The benchmark's figures and tables, computed from the times at which tokens arrived. Standard library only.
 
-"tokens/s" counts the tokens of all clients together, from the moment when all ask until the last token. "decode"
-counts only the time during which every client gets tokens. TTFT is the time to the first token, ITL (inter-token
-latency) the time between two tokens of one client.
+tokens/s counts the tokens of all clients together, from the moment when all ask until the last token. TTFT is the
+time to the first token, ITL (inter-token latency) the time between two tokens of one client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 SERVICE = "this service"
+BASELINE = "the baseline"
 ARTICLE = "the article's loop"
+
+
+class Row(NamedTuple):
+    """The name of a backend, and the precision of the model that it runs: a row of the tables."""
+
+    name: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.precision}"
+
 
 Arrivals = list[list[float]]
 """For each client, the arrival times of its tokens, in seconds since all clients asked."""
@@ -30,13 +42,6 @@ class Run:
         return sum(map(len, self.arrivals)) / max(times[-1] for times in self.arrivals)
 
     @property
-    def decode_rate(self) -> float:
-        """Return tokens/s while every client gets tokens, or `rate` if there is no such time, as in a queue."""
-        begin, end = max(times[0] for times in self.arrivals), min(times[-1] for times in self.arrivals)
-        tokens = sum(begin < time <= end for times in self.arrivals for time in times)
-        return tokens / (end - begin) if tokens else self.rate
-
-    @property
     def first_tokens(self) -> list[float]:
         """Return the TTFT of each client, in seconds."""
         return [times[0] for times in self.arrivals]
@@ -47,13 +52,19 @@ class Run:
         return [after - before for times in self.arrivals for before, after in zip(times, times[1:], strict=False)]
 
 
-Runs = dict[tuple[str, int], list[Run]]
-"""For each backend's name and number of clients, the run of each round."""
+Runs = dict[tuple[Row, int], list[Run]]
+"""For each row and number of clients, the run of each round."""
 
 
-def p99(values: Sequence[float]) -> float:
-    """Return the value that 99 % of `values` do not exceed."""
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+@dataclass(frozen=True)
+class Prefill:
+    """The cold prompt of one round: its TTFT without other clients, and its TTFT and all ITLs of clients whose answers
+    were running when it arrived, before that moment and until its first token. All times are in seconds."""
+
+    alone: float
+    beside: float
+    before: list[float]
+    during: list[float]
 
 
 def by_length(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
@@ -68,39 +79,84 @@ def by_length(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
         yield begin + step // 2, median(median(run.gaps[begin : begin + step]) for run in runs)
 
 
-def ratio(ours: Sequence[Run], theirs: Sequence[Run], figure: str = "rate") -> float:
-    """Return our `figure`, the name of a property of `Run`, divided by theirs: the median of the rounds' ratios."""
-    return median(getattr(our, figure) / getattr(their, figure) for our, their in zip(ours, theirs, strict=True))
+def ratio(ours: Sequence[Run], theirs: Sequence[Run]) -> float:
+    """Return our tokens/s divided by theirs: the median of the rounds' ratios."""
+    return median(our.rate / their.rate for our, their in zip(ours, theirs, strict=True))
 
 
-def ratios(runs: Runs) -> Iterator[str]:
-    """Yield a sentence for each comparison of this service with another backend at the same number of clients."""
-    for clients in (1, 8, 16):
-        bare = [name for name, n in runs if name.startswith("bare") and n == clients]
-        if bare and (SERVICE, clients) in runs:
-            best = max(bare, key=lambda name: median(run.decode_rate for run in runs[name, clients]))
-            value = ratio(runs[SERVICE, clients], runs[best, clients], "decode_rate")
-            yield f"{clients} client(s), decode: {SERVICE} ÷ {best} = {value:.2f}"
-    for name, clients in runs:
-        is_server = name not in (SERVICE, ARTICLE) and not name.startswith("bare")
-        if is_server and (SERVICE, clients) in runs:
-            value = ratio(runs[SERVICE, clients], runs[name, clients])
-            yield f"{clients} client(s), tokens/s: {SERVICE} ÷ {name} = {value:.2f}"
+def rates_table(runs: Runs, peak_memory: dict[Row, int]) -> str:
+    """Return a Markdown table with a line for each row of `runs`, sorted by precision. `peak_memory`: bytes."""
+    clients, rows = _clients(runs), _rows(runs)
 
+    def cells(row: Row, figure: Callable[[list[Run]], str]) -> list[str]:
+        return [figure(runs[row, n]) if (row, n) in runs else "" for n in clients]
 
-def table(runs: Runs, peak_memory: dict[str, int]) -> str:
-    """Return a Markdown table, a row for each backend and number of clients. `peak_memory`: bytes, by backend."""
-    lines = [
-        "| | clients | tokens/s | decode | TTFT, s: median | p99 | ITL, ms: median | p99 | peak memory, GB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    def rate(rounds: list[Run]) -> str:
+        return f"{median(run.rate for run in rounds):.1f}"
+
+    def first_token(rounds: list[Run]) -> str:
+        return f"{median(first for run in rounds for first in run.first_tokens):.2f}"
+
+    def gap(rounds: list[Run]) -> str:
+        return f"{1000 * median(gap for run in rounds for gap in run.gaps):.1f}"
+
+    first, *more = clients
+    titles = [
+        title for figure in ("tokens/s", "TTFT, s", "ITL, ms") for title in (f"{figure}: {first}", *map(str, more))
     ]
-    for (name, clients), rounds in runs.items():
-        firsts = [first for run in rounds for first in run.first_tokens]
-        gaps = [gap for run in rounds for gap in run.gaps]
+    return _table(
+        ["", "precision", *titles, "peak memory, GB"],
+        [
+            [*row, *cells(row, rate), *cells(row, first_token), *cells(row, gap), f"{peak_memory[row] / 1e9:.1f}"]
+            for row in sorted(rows, key=lambda row: [row.precision for row in rows].index(row.precision))
+        ],
+    )
+
+
+def ratios_table(runs: Runs) -> str:
+    """Return a Markdown table of this service's tokens/s divided by those of each backend at the same precision, and
+    by those of the baseline."""
+    clients, lines = _clients(runs), []
+    for ours in _rows(runs):
+        for theirs in _rows(runs):
+            is_peer = theirs.precision == ours.precision or theirs.name == BASELINE
+            if ours.name == SERVICE and theirs.name != SERVICE and is_peer:
+                cells = [
+                    f"{ratio(runs[ours, n], runs[theirs, n]):.2f}" if {(ours, n), (theirs, n)} <= runs.keys() else ""
+                    for n in clients
+                ]
+                lines.append([str(ours), str(theirs), *cells])
+    return _table(["tokens/s of", "÷ tokens/s of", *(f"clients: {n}" for n in clients)], lines)
+
+
+def prefill_table(prefills: dict[Row, list[Prefill]], tokens: int, others: int) -> str:
+    """Return a Markdown table about a cold prompt of `tokens` tokens, alone and beside `others` running answers."""
+    lines = []
+    for row, rounds in prefills.items():
+        before = [gap for one in rounds for gap in one.before]
+        during = [gap for one in rounds for gap in one.during]
         lines.append(
-            f"| {name} | {clients} "
-            f"| {median(run.rate for run in rounds):.1f} | {median(run.decode_rate for run in rounds):.1f} "
-            f"| {median(firsts):.2f} | {p99(firsts):.2f} | {1000 * median(gaps):.0f} | {1000 * p99(gaps):.0f} "
-            f"| {peak_memory[name] / 1e9:.1f} |"
+            [
+                *row,
+                f"{median(tokens / one.alone for one in rounds):.0f}",
+                f"{median(one.alone for one in rounds):.2f}",
+                f"{median(one.beside for one in rounds):.2f}",
+                *(f"{1000 * seconds:.0f}" for seconds in (median(before), median(during), max(during))),
+            ]
         )
-    return "\n".join(lines)
+    titles = ["tokens/s", "TTFT, s", f"TTFT beside {others} answers, s"]
+    return _table(["", "precision", *titles, "their ITL, ms: before", "meanwhile", "longest"], lines)
+
+
+def _clients(runs: Runs) -> list[int]:
+    return sorted({n for _, n in runs})
+
+
+def _rows(runs: Runs) -> list[Row]:
+    return list(dict.fromkeys(row for row, _ in runs))
+
+
+def _table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table: two columns of text, and then columns of numbers."""
+    rule = ["---", "---", *["--:"] * (len(titles) - 2)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [titles, rule, *lines])

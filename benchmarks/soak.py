@@ -166,7 +166,7 @@ class Soak:
 
     def state(self) -> State:
         """Return the current resources of the process that runs the model."""
-        (process,) = psutil.Process(self.service.pid).children()
+        process = psutil.Process(self.service.pid)
         return State(
             round(process.memory_info().rss / 1e6),
             process.num_threads(),

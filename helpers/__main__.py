@@ -1,7 +1,6 @@
 """The command line: ``python -m helpers check | ask | chat | serve``.
 
-Each command imports its modules when it runs, so a service starts before this process imports jina. That import takes
-seconds in both processes.
+Each command imports its modules when it runs, so a service starts before this process imports the client.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .addresses import host_to_ask, join
+from .processes import raise_no_warnings
 
 _ENOUGH_FILES = 4096
 """Jina raises the limit of open files to this number. It does nothing if the limit is at least as high."""
@@ -89,35 +89,25 @@ def _no_limit_of_files() -> Iterator[None]:
 with _unchanged_program():
     from docarray import BaseDoc
     from docarray.typing import ID
-    from google.protobuf.empty_pb2 import Empty
-    from grpc import RpcError
     from jina import Deployment, Executor, requests
-    from jina.excepts import RuntimeFailToStart
-    from jina.orchestrate import deployments
-    from jina.orchestrate.pods import BasePod
-    from jina.proto.jina_pb2 import StatusProto
-    from jina.proto.jina_pb2_grpc import JinaGatewayDryRunRPCStub
+    from jina.excepts import PortAlreadyUsed
+    from jina.parsers import set_pod_parser
     from jina.serve import executors
-    from jina.serve.networking.utils import get_grpc_channel
     from jina.serve.runtimes import asyncio as runtimes
+    from jina.serve.runtimes.worker.request_handling import WorkerRequestHandler
     from jina.types.request.data import SingleDocumentRequest
 
 __all__ = [
     "ID",
     "BaseDoc",
+    "CannotListen",
     "Deployment",
-    "Empty",
     "Executor",
-    "JinaGatewayDryRunRPCStub",
     "QuietDoc",
-    "RpcError",
-    "RuntimeFailToStart",
     "SingleDocumentRequest",
-    "StatusProto",
-    "open_channel",
     "prepare_service",
     "requests",
-    "stream_documents",
+    "serve_executor",
     "use_no_proxy_for",
 ]
 
@@ -132,61 +122,58 @@ class QuietDoc(BaseDoc):
             return handler(source)
 
 
-def open_channel(address: str, options: dict[str, Any] | None = None) -> Any:
-    """Return a gRPC channel.
+class CannotListen(Exception):
+    """The executor's server cannot listen at its host and port."""
 
-    gRPC's own log is off, because every failure reaches the caller as an exception. Its handlers of forks are off,
-    because they sometimes crash a program that forks after a call (5 of 48 programs with 20 forks, grpcio 1.68).
+
+def serve_executor(
+    executor: Any, *, host: str, port: int, stop: threading.Event, when_ready: Callable[[], object]
+) -> None:
+    """Serve an Executor over gRPC in this process, until `stop` is set. Raise `CannotListen`.
+
+    Jina's Deployment would do the same in a fork of this process, after the model could have been loaded. It runs this
+    handler and this runtime too, without a gateway: Jina's gateway hides errors and repeats requests.
     """
-    with _lock_of_environment:
-        missing = _GRPC_OPTIONS.keys() - os.environ.keys()
-        os.environ.update({name: _GRPC_OPTIONS[name] for name in missing})
-        try:
-            return get_grpc_channel(address, options=options)
-        finally:
-            for name in missing:
-                del os.environ[name]
 
+    class Handler(WorkerRequestHandler):
+        def _load_executor(self, *_: Any, **__: Any) -> None:
+            self._executor = executor
 
-_GRPC_OPTIONS = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-"""gRPC reads these environment variables when the first channel opens."""
-_lock_of_environment = threading.Lock()
-
-
-def stream_documents(channel: Any, request: Any) -> Any:
-    """Send a `SingleDocumentRequest`, and return the stream of protobuf messages that reply to it.
-
-    Jina's own stub would count bytes in an environment variable, and changing the environment is not thread-safe.
-    """
-    message = request.proto
-    call = channel.unary_stream(
-        "/jina.JinaSingleDocumentRequestRPC/stream_doc",
-        request_serializer=type(message).SerializeToString,
-        response_deserializer=type(message).FromString,
-    )
-    return call(message)
+    args = set_pod_parser().parse_args([])
+    args.host, args.port = host, [port]
+    args.proxy = True  # a download may need the proxy of the environment
+    args.grpc_server_options = {
+        "grpc.so_reuseport": 0,  # two services must not share a port unnoticed
+        # Jina's client pings every 10 s, and gRPC closes a connection after the third ping without data.
+        # Jina means to allow the pings, but gRPC does not know the names of its options.
+        "grpc.http2.max_ping_strikes": 0,
+    }
+    runtimes.HANDLED_SIGNALS = ()  # this process sets `stop` when it must end
+    try:
+        runtime = runtimes.AsyncNewLoopRuntime(args, cancel_event=stop, req_handler_cls=Handler)
+    except (PortAlreadyUsed, RuntimeError) as error:
+        raise CannotListen(str(error)) from error
+    with runtime:
+        when_ready()
+        runtime.run_forever()
 
 
 @functools.cache
 def prepare_service() -> None:
     """Prepare a process of a service: its environment, and fixes of Jina. Call it before an Executor is defined.
 
-    Jina's telemetry, its log and gRPC's log are off unless the environment turns them on. When
-    Jina checks whether the service is ready, it must not use a proxy, and it would always ask 127.0.0.1. Jina does not
-    know IPv6 addresses. It also makes an Executor wait until all others with the same class name, in any process, have
-    loaded their models.
+    Jina's telemetry, its log and gRPC's log are off unless the environment turns them on. When Jina checks whether the
+    Deployment of a user's script is ready, it must not use a proxy. Jina does not know IPv6 addresses. It also makes an
+    Executor wait until all others with the same class name, in any process, have loaded their models.
     """
-    # with PYTHONWARNINGS=error, Jina does not start
-    warnings.filters[:] = [one for one in warnings.filters if one[0] != "error"]  # type: ignore[index]
+    raise_no_warnings()
     os.environ.setdefault("JINA_OPTOUT_TELEMETRY", "1")
     os.environ.setdefault("JINA_LOG_LEVEL", "CRITICAL")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     use_no_proxy_for("127.0.0.1", "localhost", "::1")
     executors.avoid_concurrent_lock_cls = lambda cls: lambda init: init
-    is_port_free, parse_host_scheme = runtimes.is_port_free, deployments.parse_host_scheme
+    is_port_free = runtimes.is_port_free
     runtimes.is_port_free = lambda host, port: "[" in host or is_port_free(host, port)
-    deployments.parse_host_scheme = lambda host: (host, *[None] * 3) if "[" in host else parse_host_scheme(host)
-    BasePod._get_control_address = lambda pod: join(host_to_ask(pod.args.host), pod.args.port[0])
 
 
 def use_no_proxy_for(*hosts: str) -> None:

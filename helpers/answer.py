@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ServiceUnavailable, from_wire, to_wire
 
 if TYPE_CHECKING:
-    from .schemas import ModelOutputDocument
+    from .fields import OutputFields
     from .transport import Call
 
 FINISH_REASONS = {
@@ -48,7 +48,7 @@ class Answer:
 
     def __init__(
         self,
-        call: Call[ModelOutputDocument] | None,
+        call: Call[OutputFields] | None,
         *,
         on_start: Callable[[Answer], None] = lambda _: None,
         on_end: Callable[[Answer], None] = lambda _: None,
@@ -141,7 +141,7 @@ class Answer:
                         break
 
     @contextmanager
-    def _reading(self) -> Iterator[Call[ModelOutputDocument]]:
+    def _reading(self) -> Iterator[Call[OutputFields]]:
         """Yield the request, and set the final `finish_reason` after the block."""
         if self._started or self._call is None:
             raise RuntimeError("This answer has been read already. Ask again for another one.")
@@ -163,7 +163,7 @@ class Answer:
             self._call = None  # frees the request, which is the whole dialog
             self._on_end(self)
 
-    def _add(self, document: ModelOutputDocument) -> str:
+    def _add(self, document: OutputFields) -> str:
         """Update the answer from `document`, and return its text, or "" if the answer has been stopped."""
         if document.error:
             raise from_wire(document.error)

@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ._jina import BaseDoc
 from .answer import Answer
 from .errors import InvalidRequest
+from .fields import ChatFields, ModelFields, NoFields, OutputFields, PromptFields, own_refusal, validation_message
 from .messages import Message
 from .options import HOST, PORT, SamplingParams
-from .schemas import ChatDocument, ModelDocument, ModelOutputDocument, PromptDocument, own_refusal, validation_message
 from .transport import Call
+from .wire import write_request
 
 
 def stream(
@@ -53,8 +53,7 @@ def stream(
         seed=seed,
         stop=stop,
     )
-    endpoint = "/chat" if isinstance(request, ChatDocument) else "/stream"
-    return Answer(Call(endpoint, request, ModelOutputDocument, host, port))
+    return Answer(Call(endpoint_of(request), request, OutputFields, host, port))
 
 
 def ask(messages: str | Sequence[Message] | None = None, **options: Any) -> Answer:
@@ -73,9 +72,14 @@ async def aask(messages: str | Sequence[Message] | None = None, **options: Any) 
     return answer
 
 
-def info(*, host: str = HOST, port: int = PORT) -> ModelDocument:
+def info(*, host: str = HOST, port: int = PORT) -> ModelFields:
     """Return which model the service runs, and its load. Raise `ServiceUnavailable` if no service answers."""
-    return Call("/info", BaseDoc(), ModelDocument, host, port).document()
+    return Call("/info", NoFields(), ModelFields, host, port).document()
+
+
+def endpoint_of(request: ChatFields | PromptFields) -> str:
+    """Return the endpoint that answers `request`."""
+    return "/chat" if isinstance(request, ChatFields) else "/stream"
 
 
 def build_request(
@@ -88,8 +92,8 @@ def build_request(
     top_p: float | None = SamplingParams.top_p,
     seed: int | None = None,
     stop: str | Sequence[str] | None = (),
-) -> ChatDocument | PromptDocument:
-    """Return the document that `stream` sends. The arguments are those of `stream`.
+) -> ChatFields | PromptFields:
+    """Return the fields of the document that `stream` sends. The arguments are those of `stream`.
 
     Raise `InvalidRequest` for a wrong type, a value out of range, text that is not valid Unicode, and a message that
     is not text. The service checks the dialog as a whole, with `helpers.messages.check_dialog`.
@@ -104,7 +108,7 @@ def build_request(
         messages = [{"role": "user", "content": messages}]
     if system is not None and isinstance(messages, Sequence):
         messages = [{"role": "system", "content": system}, *messages]
-    sampling: dict[str, Any] = {
+    fields: dict[str, Any] = {  # of any type: pydantic checks them
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -112,13 +116,13 @@ def build_request(
         "stop": stop,
     }
     try:
-        request: ChatDocument | PromptDocument
+        request: ChatFields | PromptFields
         if prompt is None:
-            request = ChatDocument(**sampling, **{"messages": messages})  # of any type: pydantic checks it
+            request = ChatFields(**{**fields, "messages": messages})
         else:
-            request = PromptDocument(**sampling, prompt=prompt)
+            request = PromptFields(**fields, prompt=prompt)
         request.sampling_params()
-        request.to_protobuf()
+        write_request(endpoint_of(request), request)
     except ValidationError as error:
         if refusal := own_refusal(error):
             raise refusal from None

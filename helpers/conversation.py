@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 from .answer import FINISH_REASONS, Answer
 from .client import build_request
 from .errors import InvalidRequest, from_wire
+from .fields import CountFields, OutputFields
 from .messages import Message, check_history
 from .options import HOST, check_port
-from .schemas import CountDocument, ModelOutputDocument
-from .transport import Call, Doc
+from .transport import Call, Fields
 
 
 class Turn(NamedTuple):
@@ -173,7 +173,7 @@ class Conversation:
         a system prompt that it refuses.
         """
         shortest_question: Message = {"role": "user", "content": "?"}
-        count = self._call("/count", [*self.messages, shortest_question], CountDocument).document()
+        count = self._call("/count", [*self.messages, shortest_question], CountFields).document()
         if count.error:
             raise from_wire(count.error)
         return Window(count.prompt_tokens, count.context_length)
@@ -232,13 +232,13 @@ class Conversation:
             messages.append({"role": "assistant", "content": answer.text})
         return messages
 
-    def _call(self, endpoint: str, messages: Sequence[Message], reply_type: type[Doc]) -> Call[Doc]:
+    def _call(self, endpoint: str, messages: Sequence[Message], reply_type: type[Fields]) -> Call[Fields]:
         """Return a request with these messages. Raise `InvalidRequest` if it cannot be sent."""
         sampling = {name: value for name, value in self.options.items() if name not in ("host", "port")}
         return Call(endpoint, build_request(messages, **sampling), reply_type, *self.address)
 
-    def _chat_call(self, messages: Sequence[Message]) -> Call[ModelOutputDocument]:
-        return self._call("/chat", messages, ModelOutputDocument)
+    def _chat_call(self, messages: Sequence[Message]) -> Call[OutputFields]:
+        return self._call("/chat", messages, OutputFields)
 
     def _set_turns(self, turns: list[Turn]) -> None:
         """Set `turns`, with a history as if their questions had been asked one by one."""

@@ -12,14 +12,13 @@ import logging
 import threading
 from collections.abc import Collection
 from concurrent.futures import Future
-from typing import Any
 
 from torch import Tensor
 
 from .errors import GenerationFailed, HelpersError, InvalidRequest, QueueFull, ServiceUnavailable
 from .kv_cache import cache_capacity
 from .options import EngineArgs, SamplingParams
-from .packed_attention import NOT_FINITE_FIX, forward_packed, install_packed_attention
+from .packed import NOT_FINITE_FIX, PackedModel, forward_packed
 from .sampling import make_sampler
 from .scheduler import Chunk, Scheduler
 from .sequence import Sequence, TokenStream
@@ -30,19 +29,19 @@ _ASK_AGAIN = "The answer is not complete. Ask again, and look into the service's
 
 
 class Engine:
-    """Generates with one `transformers` causal language model for many requests at once.
+    """Generates with one model for many requests at once.
 
-    - `model`: on its device, in evaluation mode. From now on only the engine may call it.
+    - `model`: from now on only the engine may call it.
     - `eos_token_ids`: the ids that end an answer. They are not part of it.
     - `context_length`: the tokens that the model can read, prompt and answer together.
     - `args`: the limits.
 
-    Raise `ModelUnavailable` for a model that `install_packed_attention` refuses, and `InvalidRequest` if
+    Raise `ModelUnavailable` if the model's `prepare` does, and `InvalidRequest` if
     `cache_memory` is too small for any request.
     """
 
     def __init__(
-        self, model: Any, *, eos_token_ids: Collection[int], context_length: int, args: EngineArgs | None = None
+        self, model: PackedModel, *, eos_token_ids: Collection[int], context_length: int, args: EngineArgs | None = None
     ) -> None:
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -56,8 +55,6 @@ class Engine:
                 context_length,
                 context_length,
             )
-        self.num_embeddings: int = model.get_input_embeddings().num_embeddings
-        """The number of token ids that the model can read: 0 to `num_embeddings` - 1."""
         self.cache_capacity: int
         """The number of tokens that all KV caches together may hold."""
         self.scheduler: Scheduler
@@ -125,10 +122,11 @@ class Engine:
 
     def _check_ids(self, prompt_ids: list[int]) -> None:
         """Raise `InvalidRequest` for an id without an embedding. On a GPU, it would make all later requests fail."""
-        unknown = next((token_id for token_id in prompt_ids if not 0 <= token_id < self.num_embeddings), None)
+        end = self.model.num_embeddings
+        unknown = next((token_id for token_id in prompt_ids if not 0 <= token_id < end), None)
         if unknown is not None:
             raise InvalidRequest(
-                f"The prompt has the token id {unknown}, but the model only knows 0 to {self.num_embeddings - 1}: its "
+                f"The prompt has the token id {unknown}, but the model only knows 0 to {end - 1}: its "
                 "tokenizer has more tokens than the model. Leave out the text of this token."
             )
 
@@ -155,7 +153,7 @@ class Engine:
         This runs in the engine's thread: if a second thread runs torch too, OpenMP counts more threads than cores, lets
         its workers sleep between operations, and every step takes twice as long.
         """
-        trial = install_packed_attention(self.model)
+        trial = self.model.prepare()
         bytes_per_token = sum(trial.bytes_per_token.values())
         if self.args.cache_memory is None:
             self.cache_capacity = cache_capacity(trial, context_length=self.context_length)

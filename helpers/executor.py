@@ -17,11 +17,12 @@ from typing import Any, Dict, List, Optional, Tuple, TypeVar, cast
 
 from pydantic import ValidationError
 
-from . import models, prompts
+from . import prompts
 from ._jina import BaseDoc, Executor, prepare_service, requests
 from .detokenizer import Detokenizer
-from .engine import Engine
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
+from .fields import own_refusal, validation_message
+from .loading import LoadedModel, load_model
 from .options import EngineArgs
 from .processes import exit_with_parent_process
 from .schemas import (
@@ -31,8 +32,6 @@ from .schemas import (
     ModelOutputDocument,
     PromptDocument,
     SamplingDocument,
-    own_refusal,
-    validation_message,
 )
 
 prepare_service()
@@ -73,6 +72,7 @@ class TokenStreamingExecutor(Executor):
 
     - `model` and `precision`: as in `helpers.models.load`, which runs while the executor starts.
     - `engine_args`: fields of `helpers.options.EngineArgs`.
+    - `loaded`: the model, if it is loaded already. The other three are then not read.
 
     If the model or a limit is refused, the constructor prints the reason on stderr as `helpers.errors.to_wire` writes
     it, because Jina swallows the exception.
@@ -83,6 +83,7 @@ class TokenStreamingExecutor(Executor):
         model: str = "auto",
         precision: str = "auto",
         engine_args: Optional[Dict[str, Any]] = None,
+        loaded: Optional[LoadedModel] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -90,19 +91,12 @@ class TokenStreamingExecutor(Executor):
         sys.setswitchinterval(SWITCH_INTERVAL)
         self._tokenizing = 0
         try:
-            args = EngineArgs(**(engine_args or {}))
-            self.chat_model = models.load(model, precision)
-            self.engine = Engine(
-                self.chat_model.model,
-                eos_token_ids=self.chat_model.eos_token_ids,
-                context_length=self.chat_model.context_length,
-                args=args,
-            )
+            loaded = loaded or load_model(model, precision, EngineArgs(**(engine_args or {})))
         except HelpersError as error:
             print(to_wire(error), file=sys.stderr, flush=True)
             logging.disable()  # Jina's own log says less about it
             raise
-        self._longest_token = prompts.longest_token(self.chat_model.tokenizer)
+        self.chat_model, self.engine, self._longest_token = loaded.chat_model, loaded.engine, loaded.longest_token
 
     @requests(on="/stream")
     async def task(self, doc: PromptRequest, **kwargs: Any) -> ModelOutputDocument:
@@ -173,7 +167,7 @@ class TokenStreamingExecutor(Executor):
                 lstrip=is_dialog,
             )
             sent = 0
-            usage = {"prompt_tokens": len(prompt_ids), "dropped_turns": dropped_turns}
+            usage: Dict[str, Any] = {"prompt_tokens": len(prompt_ids), "dropped_turns": dropped_turns}
             async for token_id in stream:
                 sent += 1
                 first = usage if sent == 1 else {}  # for a client that cancels before the last document

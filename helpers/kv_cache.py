@@ -15,12 +15,17 @@ from . import hardware
 
 Ids = Sequence[int]
 
+BLOCK = 32
+"""Prompts are read in blocks of 32 tokens, which begin at multiples of 32: a chunk of a prompt ends at one, unless it
+is the last, and so does a prefix that is reused. So a model can compute the same, bit for bit, for a prompt that is
+read alone and for one that is read beside others."""
+
 
 class KVCache:
     """The keys and values of one sequence's first `length` tokens, in memory for `capacity` tokens.
 
-    Each layer holds both side by side in one tensor, of shape (1, heads, capacity, size of a key + size of a
-    value). Appending does not move the tensor, so each token costs the same.
+    Each layer holds both in one tensor, of shape (1, heads, capacity, ...): the model decides how a token's key and
+    value lie in it. Appending does not move the tensor, so each token costs the same.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -29,12 +34,12 @@ class KVCache:
         self._layers: dict[int, Tensor] = {}
 
     def append(self, layer: int, new: Tensor) -> Tensor:
-        """Store the keys and values of n more tokens, (1, heads, n, size). Return all, (1, heads, length + n, size).
+        """Store the keys and values of n more tokens, (1, heads, n, ...). Return all, (1, heads, length + n, ...).
 
         `length` does not change. The caller adds n to it when every layer has stored its own.
         """
         if layer not in self._layers:
-            self._layers[layer] = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+            self._layers[layer] = new.new_empty(*new.shape[:2], self.capacity, *new.shape[3:])
         stored, n = self._layers[layer], new.shape[2]
         stored.narrow(2, self.length, n).copy_(new)
         return stored.narrow(2, 0, self.length + n)
@@ -42,7 +47,7 @@ class KVCache:
     def resize(self, capacity: int) -> None:
         """Change the capacity, layer by layer, so that only one layer is in memory twice at a time."""
         for layer, stored in self._layers.items():
-            resized = stored.new_empty(*stored.shape[:2], capacity, stored.shape[3])
+            resized = stored.new_empty(*stored.shape[:2], capacity, *stored.shape[3:])
             resized.narrow(2, 0, self.length).copy_(stored.narrow(2, 0, self.length))
             self._layers[layer] = resized
         self.capacity = capacity

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .bundled import bundled_gguf
-from .catalog import BUNDLED, INSTALL, LLAMA2, OR_BUNDLED
+from .catalog import BUNDLED, INSTALL, KNOWN_PARAMETERS, LLAMA2, OR_BUNDLED
 from .errors import ModelUnavailable
 from .hardware import Machine, this_machine
 from .hub import STORE_AGAIN, HubAccess, Licence, find_token, hub_access
 from .memory import PRECISIONS, QUANTISED, check_precision, fits, format_gb, memory_needed
-from .model_files import cached_folder, local_folder, parameters_of
+from .model_files import cached_folder, is_llama_family, local_folder, parameters_of, read_json, snapshot_folder
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,15 @@ class Choice:
     precision: str
     device: str
     why: str
+
+    @property
+    def exact_precision(self) -> str:
+        """Return ``fp32`` on a CPU, and `precision` on a GPU.
+
+        At int8, two kinds of CPU soon give different answers to the same question: rounding to 8 bits makes their
+        different last digits larger, layer by layer. In fp32 they give the same.
+        """
+        return "fp32" if self.device == "cpu" else self.precision
 
 
 class _CannotRun(Exception):
@@ -49,7 +58,8 @@ def choose(
     Model ``auto`` is Llama 2 if a CUDA GPU has enough memory and the weights are in the cache or may be
     downloaded; otherwise it is the bundled model. On a CPU, Llama 2 is too slow for a conversation and must be
     named. Precision ``auto`` is the first that fits: for Llama 2 on a GPU int8, as in the article, then nf4; for
-    any other model on a GPU bf16 (fp32 if the GPU only emulates bf16), int8, nf4; on the CPU fp32, bf16, int8, nf4.
+    any other model on a GPU bf16 (fp32 if the GPU only emulates bf16), int8, nf4; on the CPU int8 for the Llama family,
+    then fp32, bf16, int8, nf4.
     `hub` is what `hub_access` returned for Llama 2; without it, the Hub is asked if the answer matters.
 
     Raise `InvalidRequest` for an unknown precision. Raise `ModelUnavailable`, with the numbers and a fix, if the
@@ -58,11 +68,6 @@ def choose(
     """
     check_precision(precision)
     here = machine or this_machine()
-    if precision in QUANTISED and not here.quantises:
-        raise ModelUnavailable(
-            f"{precision} needs the package bitsandbytes, which is not installed. "
-            f"Install it ({INSTALL}), or choose fp32 or bf16."
-        )
     try:
         if model == "auto":
             return _automatic(precision, here, hub)
@@ -143,17 +148,32 @@ class _Attempt:
         gpu = self.here.gpu
         return gpu.free if gpu and self.device == "cuda" else self.here.ram_available
 
+    @property
+    def is_llama_on_cpu(self) -> bool:
+        """Return whether `helpers.llama` will run the model. Of a model that must be downloaded, that is not known."""
+        if self.device != "cpu" or self.model in KNOWN_PARAMETERS:
+            return self.device == "cpu"
+        folder = local_folder(self.model) or snapshot_folder(self.model)
+        return folder is not None and is_llama_family(read_json(folder / "config.json"))
+
     def candidates(self) -> list[str]:
         """Return the precisions to try, the preferred one first."""
         if self.precision != "auto":
+            if not self._possible(self.precision):
+                raise ModelUnavailable(
+                    f"{self.precision} needs the package bitsandbytes, which is not installed. "
+                    f"Install it ({INSTALL}), or choose fp32 or bf16."
+                )
             return [self.precision]
         if self.device == "cpu":
-            return self._possible(*PRECISIONS)
+            return self._possible(*dict.fromkeys([*(["int8"] if self.is_llama_on_cpu else []), *PRECISIONS]))
         exact = "bf16" if self.here.gpu and self.here.gpu.bf16 else "fp32"
         return self._possible(*(["int8", "nf4", exact] if self.model == LLAMA2 else [exact, "int8", "nf4"]))
 
     def _possible(self, *precisions: str) -> list[str]:
-        return [name for name in precisions if self.here.quantises or name not in QUANTISED]
+        """Return those of `precisions` that need nothing that is not installed."""
+        has_own = ["int8"] if self.is_llama_on_cpu else []
+        return [name for name in precisions if self.here.quantises or name not in QUANTISED or name in has_own]
 
     def choice(self) -> Choice | None:
         """Return the first precision that fits, or None. A model of unknown size counts as fitting."""
@@ -162,7 +182,7 @@ class _Attempt:
             return Choice(self.model, self.candidates()[0], self.device, why)
         place = "the GPU" if self.device == "cuda" else "memory"
         for name in self.candidates():
-            needed = memory_needed(self.parameters, name)
+            needed = memory_needed(self.parameters, name, self.device)
             if needed <= self.free:
                 why = f"at {name} it fits {place} (needs {format_gb(needed)}, {format_gb(self.free)} free)"
                 return Choice(self.model, name, self.device, why)
@@ -173,8 +193,10 @@ class _Attempt:
         size = self.parameters or 0
         place = "the GPU" if self.device == "cuda" else "this machine"
         smallest = min(self.candidates(), key=lambda name: PRECISIONS[name])
-        needed = format_gb(memory_needed(size, smallest))
-        smaller = ", ".join(name for name in self._possible(*PRECISIONS) if fits(size, name, free=self.free))
+        needed = format_gb(memory_needed(size, smallest, self.device))
+        smaller = ", ".join(
+            name for name in self._possible(*PRECISIONS) if fits(size, name, self.device, free=self.free)
+        )
         fix = f"Choose a smaller precision ({smaller})" if smaller else "Free some memory"
         other = "" if self.model == BUNDLED else f", or use a smaller model: --model {BUNDLED}"
         return _CannotRun(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,36 @@ def parameters_of(name_or_path: str, *, token: Token | None = None) -> int | Non
     if access.licence is not Licence.GRANTED:
         raise ModelUnavailable(f"Cannot download {name_or_path}: {access.finding}. {access.fix}")
     return access.parameters
+
+
+CONTEXT_LENGTH = "max_position_embeddings"
+"""The key of config.json for the number of tokens that a model can read."""
+
+
+def is_llama_family(config: Mapping[str, Any]) -> bool:
+    """Return whether `helpers.llama` can run a model with `config`, the content of its config.json."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = config.get("model_type")
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    return (
+        kind in ("llama", "mistral", "qwen2", "qwen3")
+        and CONTEXT_LENGTH in config
+        and (kind == "llama" or "num_key_value_heads" in config)  # the default depends on the kind
+        and (kind != "qwen3" or "head_dim" in config)
+        and config.get("hidden_act", "silu") == "silu"
+        and (rope.get("rope_type") or rope.get("type") or "default") in ("default", "linear", "llama3", "yarn")
+        and rope.get("partial_rotary_factor", 1) == 1
+        and not (window and config.get("use_sliding_window", True))
+        and not config.get("quantization_config")
+    )
+
+
+def missing_weights(names: Sequence[str]) -> ModelUnavailable:
+    """Return the error for a model whose files lack tensors with these names."""
+    return ModelUnavailable(
+        f"The model has no weights for {len(names)} of its tensors, such as {names[0]}. "
+        "Download it again, or name one that is trained to generate text."
+    )
 
 
 def snapshot_folder(repo_id: str) -> Path | None:
@@ -120,8 +151,10 @@ def _check_spelling(name: str) -> None:
 
 
 def _can_be_on_hub(name: str) -> bool:
+    from huggingface_hub.utils import validate_repo_id  # `import huggingface_hub` does not import its utils
+
     try:
-        huggingface_hub.utils.validate_repo_id(name)
+        validate_repo_id(name)
     except hub_errors.HFValidationError:
         return False
     return True

@@ -12,9 +12,10 @@ import os
 import re
 import textwrap
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants
 
@@ -23,7 +24,20 @@ from .catalog import BUNDLED, INSTALL, INSTALL_BUNDLED, OR_BUNDLED
 from .chat_template import end_of_turn_id
 from .errors import HelpersError, ModelUnavailable
 from .model_choice import Choice, choose
-from .model_files import cached_folder, check_files, local_folder, require_download_folder, snapshot_folder
+from .model_files import (
+    CONTEXT_LENGTH,
+    cached_folder,
+    check_files,
+    is_llama_family,
+    local_folder,
+    missing_weights,
+    read_json,
+    require_download_folder,
+    snapshot_folder,
+)
+
+if TYPE_CHECKING:
+    from .packed import PackedModel
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +46,26 @@ log = logging.getLogger(__name__)
 class ChatModel:
     """A loaded model, with what the engine and the executor need to know about it.
 
-    - ``model``: a `transformers` causal language model, on its device, in evaluation mode.
+    - ``model``: ready for `helpers.engine.Engine`.
     - ``context_length``: tokens that a prompt and its answer may take together.
     - ``eos_token_ids``: the ids that end an answer.
     """
 
     name: str
     precision: str
-    model: Any
+    device: str
+    model: PackedModel
     tokenizer: Any
     context_length: int
     eos_token_ids: frozenset[int]
-
-    @property
-    def device(self) -> str:
-        return str(self.model.device)
 
 
 def load(model: str = "auto", precision: str = "auto") -> ChatModel:
     """Load `model` at `precision` (``fp32``, ``bf16``, ``int8``, ``nf4``); `model_choice.choose` resolves ``auto``.
 
-    Downloads and loading show their progress on stderr. bitsandbytes quantises to ``int8`` and ``nf4`` while the
-    weights load, on a GPU and on the CPU.
+    `helpers.llama` runs a model of the Llama family in fp32 and int8 on a CPU, and `transformers` runs all others. Then
+    bitsandbytes quantises to ``int8`` and ``nf4`` while the weights load. Downloads and loading show their progress on
+    stderr.
 
     Raise `InvalidRequest` for an unknown precision. Raise `ModelUnavailable` before anything is downloaded if the
     model does not exist, may not be downloaded or does not fit; and later if its files do not load.
@@ -62,7 +74,8 @@ def load(model: str = "auto", precision: str = "auto") -> ChatModel:
     try:
         choice = choose(os.fspath(model), precision)
         source = source_of(choice.model)
-        _check_files(source)
+        if choice.model != BUNDLED:  # it has just been checked
+            _check_files(source)
         return _load(choice, source)
     except HelpersError:
         raise
@@ -128,10 +141,79 @@ def _comes_from(error: Exception, package: str) -> bool:
 
 
 def _load(choice: Choice, source: str) -> ChatModel:
+    """Load the tokenizer, and meanwhile, in another thread, the weights if `helpers.llama` can run them."""
+    config = _read_json(source, "config.json")
+    files = _llama_files(choice, source, config)
+    with ThreadPoolExecutor(1, "load-weights") as pool:
+        llama = pool.submit(_load_llama, config, files, choice.precision) if files else None
+        tokenizer = _load_tokenizer(choice.model, source)
+    if llama:
+        model, device, context_length = llama.result(), "cpu", config[CONTEXT_LENGTH]
+        end_of_text = _read_json(source, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    else:
+        model, device, context_length, end_of_text = _load_transformers(choice, source)
+    _warn_of_unknown_tokens(choice.model, model.num_embeddings, tokenizer)
+    return ChatModel(
+        name=choice.model,
+        precision=choice.precision,
+        device=device,
+        model=model,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        eos_token_ids=_eos_token_ids(choice.model, end_of_text, tokenizer),
+    )
+
+
+def _read_json(source: str, name: str) -> dict[str, Any]:
+    """Return the content of one of a model's files, or {} if the model has no such file."""
+    path = _path_of(source, name)
+    return read_json(Path(path)) if path else {}
+
+
+def _path_of(source: str, name: str) -> str | None:
+    """Return the path of one of a model's files, or None if the model has no such file. Download it if needed."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return str(path) if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _llama_files(choice: Choice, source: str, config: dict[str, Any]) -> list[str]:
+    """Return the safetensors files for `helpers.llama`, or [] if it cannot run the choice. Download them if needed."""
+    if choice.device != "cpu" or choice.precision not in ("fp32", "int8") or not is_llama_family(config):
+        return []
+    if index := _path_of(source, "model.safetensors.index.json"):
+        from transformers.utils.hub import get_checkpoint_shard_files
+
+        return list(get_checkpoint_shard_files(source, index)[0])
+    file = _path_of(source, "model.safetensors")
+    return [file] if file else []
+
+
+def _load_llama(config: Any, files: list[str], precision: str) -> PackedModel:
+    """Load the weights with one thread of torch. If a second thread than the engine's ran torch in parallel, OpenMP
+    would count more threads than cores and let its workers sleep, and every step would take twice as long."""
+    import torch
+
+    from .llama import Llama
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return Llama(config, files, precision)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load_transformers(choice: Choice, source: str) -> tuple[PackedModel, str, int, int | list[int] | None]:
+    """Return the model, its device, its context length, and the ids that end an answer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .packed_attention import TransformersModel
+
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    tokenizer = _load_tokenizer(choice.model, source)
     model, loading = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
@@ -141,25 +223,14 @@ def _load(choice: Choice, source: str) -> ChatModel:
         **_precision_options(choice.precision),
     )
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
-        raise ModelUnavailable(
-            f"{choice.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}. "
-            "Download the model again, or name one that is trained to generate text."
-        )
+        raise missing_weights(missing)
     model.eval()
-    _warn_of_unknown_tokens(choice.model, model, tokenizer)
-    return ChatModel(
-        name=choice.model,
-        precision=choice.precision,
-        model=model,
-        tokenizer=tokenizer,
-        context_length=_context_length(model.config.get_text_config()),
-        eos_token_ids=_eos_token_ids(choice.model, model.generation_config.eos_token_id, tokenizer),
-    )
+    context_length = _context_length(model.config.get_text_config())
+    return TransformersModel(model), str(model.device), context_length, model.generation_config.eos_token_id
 
 
-def _warn_of_unknown_tokens(name: str, model: Any, tokenizer: Any) -> None:
+def _warn_of_unknown_tokens(name: str, num_embeddings: int, tokenizer: Any) -> None:
     """Log a warning if the tokenizer has tokens that the model has no embedding for. The engine refuses them."""
-    num_embeddings = model.get_input_embeddings().num_embeddings
     unknown = sorted((n, token) for token, n in tokenizer.get_vocab().items() if n >= num_embeddings)
     if unknown:
         log.warning(
@@ -183,11 +254,20 @@ def _eos_token_ids(name: str, declared: int | list[int] | None, tokenizer: Any) 
     return frozenset({*eos, end_of_turn})
 
 
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizers that are all in tokenizer.json. AutoTokenizer would return the same, a second later, because it
+imports the configurations of all models."""
+
+
 def _load_tokenizer(name: str, source: str) -> Any:
     """Return the tokenizer. If one in a folder does not load, raise `ModelUnavailable` with the name of its file."""
-    from transformers import AutoTokenizer
-
     try:
+        if _read_json(source, "tokenizer_config.json").get("tokenizer_class") in _GENERIC_TOKENIZERS:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(source)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         if name == BUNDLED or isinstance(error, ImportError) or not Path(source).is_dir():
@@ -235,8 +315,7 @@ def _precision_options(precision: str) -> dict[str, Any]:
     narrow = torch.bfloat16
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         narrow = torch.float16  # GPUs before Ampere, such as a T4, only emulate bfloat16
-    if precision == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=narrow)
+    if precision == "int8":  # bitsandbytes multiplies in float16, whatever the type of the model
+        return {"dtype": torch.float16, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=narrow)
     return {"dtype": narrow, "quantization_config": quantization}

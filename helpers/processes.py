@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,11 @@ def raise_file_limit(files: int = 4096) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft < files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files if hard < 0 else min(files, hard), hard))
+
+
+def raise_no_warnings() -> None:
+    """Let no warning be an exception in this process: with PYTHONWARNINGS=error, Jina does not start."""
+    warnings.filters[:] = [one for one in warnings.filters if one[0] != "error"]  # type: ignore[index]
 
 
 def _holder_and_fix(port: int) -> str:

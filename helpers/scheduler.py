@@ -13,7 +13,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from .kv_cache import KVCache, PrefixCache, PrefixMatch, common_prefix_length
+from .kv_cache import BLOCK, KVCache, PrefixCache, PrefixMatch, common_prefix_length
 from .sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 PREFILL_BUDGET = 128
 """Prompt tokens that one step reads, of all new prompts together. On a CPU, a larger budget would hardly be faster per
 token, and the running sequences would wait longer between two tokens."""
-
-MIN_SHARED_PREFIX = 16
-"""A shorter prefix is read again: it is not worth copying, nor waiting a step for."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._durations.append(time.monotonic() - sequence.admitted_at)
         cache, sequence.cache = sequence.cache, None
-        if cache is not None and cache.length >= MIN_SHARED_PREFIX:
+        if cache is not None and cache.length >= BLOCK:
             self.prefix_cache.add(sequence.ids[: cache.length], cache)
 
     def seconds_until_next_finish(self) -> int:
@@ -110,7 +107,7 @@ class Scheduler:
         return math.ceil(sum(durations) / max(1, len(durations)) / max(1, len(running))) or 1
 
     def _longest_prefix(self, sequence: Sequence) -> PrefixMatch:
-        """Return the longest prefix of the prompt that any other sequence, running or finished, has read."""
+        """Return the longest prefix of the prompt, in whole blocks, that any other sequence has read."""
         prompt = sequence.ids[:-1]  # the last token is read in any case, for its logits
         matches = [self.prefix_cache.lookup(prompt)]
         for other in self.running:
@@ -118,23 +115,23 @@ class Scheduler:
                 length = min(common_prefix_length(prompt, other.ids), other.cache.length)
                 matches.append(PrefixMatch(length, other.cache))
         longest = max(matches, key=lambda match: match.length)
-        return longest if longest.length >= MIN_SHARED_PREFIX else PrefixMatch()
+        return PrefixMatch(length, longest.cache) if (length := longest.length // BLOCK * BLOCK) else PrefixMatch()
 
     def _should_wait(self, sequence: Sequence, match: PrefixMatch, *, ahead: list[Sequence]) -> bool:
         """Return whether a sequence `ahead` is about to read more of the same prompt than `match` holds."""
-        prompt, worth_it = sequence.ids[:-1], match.length + MIN_SHARED_PREFIX
+        prompt, worth_it = sequence.ids[:-1], match.length + BLOCK
         return any(common_prefix_length(prompt, other.ids) >= worth_it for other in ahead)
 
     def _new_cache(self, sequence: Sequence, match: PrefixMatch) -> KVCache:
         """Make room for the KV cache of `sequence`, and return it, with the prefix that `match` found.
 
-        Reuse the found cache itself if all of it is a prefix (the previous turn of a conversation), or if it was
-        evicted to make room. Otherwise, copy the prefix.
+        Reuse the found cache itself if all of its blocks are a prefix (the previous turn of a conversation), or if it
+        was evicted to make room. Otherwise, copy the prefix.
         """
         found, capacity = match.cache, sequence.max_total_tokens
         if found is not None:
             self.prefix_cache.touch(found)
-            if match.length == found.length:
+            if match.length == found.length // BLOCK * BLOCK:
                 self.prefix_cache.remove(found)
         in_use = [other for other in self.running if other.cache is not None]
         self.prefix_cache.evict(self.cache_capacity - capacity - sum(other.max_total_tokens for other in in_use))
@@ -152,14 +149,15 @@ class Scheduler:
 
 
 def _share_budget(prefill: list[Chunk]) -> list[Chunk]:
-    """Cut the chunks so that together they fit the prefill budget.
+    """Cut the chunks, at whole blocks, so that together they fit the prefill budget. Some may get nothing.
 
-    The first gets half of it, the next half of the rest, and so on; the last gets the whole rest. Each gets at least
-    one token. So a long prompt does not hold up a short one behind it.
+    The oldest sequence gets half of the budget, and the others get the rest, the shortest prompt first. So a long
+    prompt does not hold up a short one behind it.
     """
     chunks, budget = [], PREFILL_BUDGET
-    for n, chunk in enumerate(prefill, start=1):
-        ids = chunk.ids[: budget if n == len(prefill) else max(1, budget // 2)]
-        budget = max(1, budget - len(ids))
-        chunks.append(Chunk(chunk.sequence, ids))
+    for chunk in [*prefill[:1], *sorted(prefill[1:], key=lambda chunk: len(chunk.ids))]:
+        share = budget // 2 if chunk is prefill[0] and len(prefill) > 1 else budget
+        if ids := chunk.ids if len(chunk.ids) <= share else chunk.ids[: share // BLOCK * BLOCK]:
+            chunks.append(Chunk(chunk.sequence, ids))
+            budget -= len(ids)
     return chunks

@@ -5,147 +5,40 @@ article "Building a streaming API for Llama 2". Every field that we add has a de
 only the article's two classes reads and writes these too.
 
 A stream is one `ModelOutputDocument` per token, and then a last one that carries `finish_reason`. A stream
-without that last document has failed, however it ended.
+without that last document has failed, however it ended. `helpers.fields` describes and checks the fields.
 """
 
 # No `from __future__ import annotations`, and Optional instead of `| None`: Jina and DocArray read the annotations.
-from typing import Any, Dict, List, Optional
-
-from pydantic import ValidationError, ValidationInfo, field_validator
+from typing import Optional
 
 from ._jina import ID, QuietDoc
-from .errors import InvalidRequest
-from .messages import plain_messages
-from .options import SamplingParams
+from .fields import ChatFields, CountFields, ModelFields, OutputFields, PromptFields, SamplingFields
 
 
-class SamplingDocument(QuietDoc):
-    """The fields that both kinds of request share: those of `helpers.options.SamplingParams`.
-
-    None means the default, and `stop` may be a single string.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: Optional[int] = None
-    stop: List[str] = []
-
-    @field_validator("max_tokens", "temperature", "top_p", "seed", mode="before")
-    @classmethod
-    def _is_not_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool):  # which pydantic reads as 0 or 1
-            raise InvalidRequest(f"{info.field_name} is {value}. Give a number.")
-        return value
-
-    @field_validator("max_tokens", "temperature", "top_p", "stop", mode="before")
-    @classmethod
-    def _has_a_default(cls, value: Any, info: ValidationInfo) -> Any:
-        return getattr(SamplingParams, str(info.field_name)) if value is None else value
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _may_be_one_text(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    def sampling_params(self) -> SamplingParams:
-        """Return the fields as `SamplingParams`. Raise `InvalidRequest` for a value out of range."""
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=self.stop,
-        )
+class SamplingDocument(SamplingFields, QuietDoc):
+    """The fields that both kinds of request share."""
 
 
-class PromptDocument(SamplingDocument):
-    """A request to ``/stream``: the raw text of a prompt, exactly as the model reads it."""
-
-    prompt: str
+class PromptDocument(PromptFields, SamplingDocument):
+    """A request to ``/stream``."""
 
 
-class ChatDocument(SamplingDocument):
-    """A request to ``/chat``: a dialog, which the service turns into the model's own prompt format.
-
-    ``messages``: ``[{"role": "system" | "user" | "assistant", "content": ...}, ...]``.
-    `helpers.messages.plain_messages` converts the other shapes of OpenAI's text messages into this one.
-    """
-
-    # not a DocList: with pydantic 2, Jina 3.34 cannot tell its gateway the schema of a DocList
-    messages: List[Dict[str, str]]
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _are_plain(cls, messages: Any) -> Any:
-        return plain_messages(messages)
+class ChatDocument(ChatFields, SamplingDocument):
+    """A request to ``/chat``."""
 
 
-class ModelOutputDocument(QuietDoc):
-    """One token of an answer, or the end of the answer.
-
-    The `generated_text` of all documents joined equals the tokenizer's own decoding of all `token_id`, up to a
-    stop string. `generated_text` is empty while the bytes of a character are incomplete.
-
-    Set in the first and the last document, but not in a last document that reports an error:
-
-    - ``prompt_tokens``: the length of the prompt.
-    - ``dropped_turns``: how many of the oldest turns of a dialog were left out to fit the context window.
-
-    Set only in the last document, which stands for no token (`token_id` is -1):
-
-    - ``finish_reason``: ``stop`` (the model ended its answer, or a stop string came), ``length``
-      (`max_tokens` reached) or ``error``.
-    - ``completion_tokens``: how many documents came before this one.
-    - ``error``: ``"ClassName: what happened and what to do"``, a class of `helpers.errors`.
-    """
-
+class _Reply(QuietDoc):
     # DocArray's own field. It stays empty: creating and reading an id takes longer than all other fields together.
     id: Optional[ID] = None
-    token_id: int
-    generated_text: str
-    finish_reason: Optional[str] = None
-    prompt_tokens: Optional[int] = None
-    completion_tokens: Optional[int] = None
-    dropped_turns: Optional[int] = None
-    error: Optional[str] = None
 
 
-class CountDocument(QuietDoc):
-    """The reply of ``/count``: how many tokens a dialog takes, and how many the context window holds.
-
-    All turns are counted, even if they exceed the window; old turns that cannot fit into it are estimated. `error` is
-    as in `ModelOutputDocument`.
-    """
-
-    id: Optional[ID] = None
-    prompt_tokens: int
-    context_length: int
-    error: Optional[str] = None
+class ModelOutputDocument(OutputFields, _Reply):
+    """One token of an answer, or the end of the answer."""
 
 
-class ModelDocument(QuietDoc):
-    """The reply of ``/info``: the model behind the service, its steps since the start, and its load now."""
-
-    id: Optional[ID] = None
-    model: str
-    precision: str
-    device: str
-    context_length: int
-    steps: int
-    running: int
-    waiting: int
+class CountDocument(CountFields, _Reply):
+    """The reply of ``/count``."""
 
 
-def validation_message(error: ValidationError) -> str:
-    """Return, in one line, which fields of a document are invalid, and why."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-
-
-def own_refusal(error: Exception) -> Optional[InvalidRequest]:
-    """Return the `InvalidRequest` that a document of this module raised, or None. Pydantic wraps it."""
-    for one in error.errors(include_url=False) if isinstance(error, ValidationError) else ():
-        reason = one.get("ctx", {}).get("error")
-        if isinstance(reason, InvalidRequest):
-            return reason
-    return None
+class ModelDocument(ModelFields, _Reply):
+    """The reply of ``/info``."""

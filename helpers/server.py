@@ -1,32 +1,31 @@
-"""Run the service's own process: deploy the Executor, print that it is ready, and stop it cleanly.
+"""Run the service's own process: load the model, serve it, print that it is ready, and stop cleanly.
 
-`helpers.service.serve` starts this as ``python -m helpers serve``; a user can do the same in a terminal.
+`helpers.service.serve` starts this as ``python -m helpers serve``; a user can do the same in a terminal. The model
+loads in a thread while this process imports Jina.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
+import gc
 import os
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from .addresses import bracketed, clean_host
+from .addresses import bracketed, clean_host, join
 from .catalog import INSTALL
-from .errors import ModelUnavailable, ServiceUnavailable, to_wire
+from .errors import ModelUnavailable, ServiceUnavailable
+from .loading import start_loading
 from .options import HOST, PORT, EngineArgs
-from .processes import call_when_parent_ends, kill, port_to_listen_on, raise_file_limit, remove_log
+from .processes import call_when_parent_ends, kill, port_to_listen_on, raise_file_limit, raise_no_warnings, remove_log
 from .service import announce
 
 SECONDS_TO_STOP = 5
-"""The seconds that the executor has to stop before it is killed."""
+"""The seconds that the service has to stop before it ends anyway."""
 
 
 def run(
@@ -45,8 +44,8 @@ def run(
     failure, both stay.
 
     Raise `InvalidRequest` or `ServiceUnavailable` if the service cannot listen at `host` and `port`, or if Python
-    removes docstrings, and `ModelUnavailable` if the packages that run a model are not installed. If the model does not
-    load, print the reason on stderr and raise `SystemExit`.
+    removes docstrings. Raise `ModelUnavailable` if the packages that run a model are not installed, and what
+    `helpers.models.load` raises.
     """
     if sys.flags.optimize > 1:
         raise ServiceUnavailable(
@@ -56,22 +55,46 @@ def run(
     host = clean_host(host)
     port = port_to_listen_on(host, port)
     raise_file_limit()
+    gc.disable()  # it would look through the modules again and again while they are imported: a fifth of that time
+    raise_no_warnings()
     lifetime = _Lifetime(parent, log)
+    loading = start_loading(model, precision, engine_args or EngineArgs())
 
-    from ._jina import RuntimeFailToStart
+    from ._jina import CannotListen, prepare_service, serve_executor
 
-    deployment = _deployment(model, precision, host, port, engine_args or EngineArgs())
+    prepare_service()
     try:
-        with deployment:
-            lifetime.ready.set()
-            announce(host, port)
-            deployment.block(stop_event=lifetime.stop)
-        remove_log(log)
-    except RuntimeFailToStart:
+        from .executor import TokenStreamingExecutor
+
+        loaded = loading.result()
+    except ModuleNotFoundError as error:
+        raise ModelUnavailable(
+            f"A service needs more packages than a client, and {error.name} is not installed. Install it: {INSTALL}"
+        ) from error
+
+    def announce_when_ready() -> None:
+        gc.freeze()  # what has been imported stays until the end
+        gc.enable()
+        lifetime.ready.set()
+        announce(host, port)
+
+    try:
+        serve_executor(
+            TokenStreamingExecutor(loaded=loaded),
+            host=bracketed(host),
+            port=port,
+            stop=lifetime.stop,
+            when_ready=announce_when_ready,
+        )
+    except CannotListen as error:
         port_to_listen_on(host, port)  # raises if another process took the port in the meantime
-        raise SystemExit(
-            "The service did not start. If nothing above says why, set JINA_LOG_LEVEL=ERROR to see Jina's own log."
-        ) from None
+        raise ServiceUnavailable(
+            f"The service cannot listen on {join(host, port)} ({error}). Start it again."
+        ) from error
+    remove_log(log)
+    if parent is not None:
+        sys.stdout.flush()
+        os._exit(0)  # at once: Python takes a second to free the modules and the model
 
 
 class _Lifetime:
@@ -84,16 +107,15 @@ class _Lifetime:
             signal.signal(signal_number, self._end)
         if parent is not None:
             call_when_parent_ends(parent, self._end_without_parent)
-        threading.Thread(target=self._end_with_executor, name="executor-watch", daemon=True).start()
         threading.Thread(target=self._end_in_time, name="end-in-time", daemon=True).start()
 
     def _end(self, *_: object) -> None:
         if not self.ready.is_set():
-            os._exit(1)  # the executor's process, which is still loading its model, then ends too
+            os._exit(1)  # the model is still loading
         self.stop.set()
 
     def _end_in_time(self) -> None:
-        """Kill an executor that does not stop in time, for example because it is still tokenizing an enormous text."""
+        """End a service that does not stop in time, for example because it is still tokenizing an enormous text."""
         self.stop.wait()
         time.sleep(SECONDS_TO_STOP)
         remove_log(self._log)
@@ -103,45 +125,3 @@ class _Lifetime:
     def _end_without_parent(self) -> None:
         remove_log(self._log)
         self._end()
-
-    def _end_with_executor(self) -> None:
-        """Report an executor that died, and end. Jina would wait for it for a minute or forever."""
-        while not (executors := multiprocessing.active_children()):
-            time.sleep(0.05)
-        multiprocessing.connection.wait([executors[0].sentinel])
-        executors[0].join()
-        was_killed = (executors[0].exitcode or 0) < 0 and not self.stop.is_set()
-        if was_killed or (self.ready.is_set() and not self.stop.wait(1)):
-            died = "The model's process died, perhaps because memory ran out. Start the service again."
-            print(to_wire(ServiceUnavailable(died)), file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-def _deployment(model: str, precision: str, host: str, port: int, engine_args: EngineArgs) -> Any:
-    """Return Jina's Deployment of `TokenStreamingExecutor`, not started yet."""
-    from ._jina import Deployment, prepare_service, use_no_proxy_for
-
-    prepare_service()
-    use_no_proxy_for(host)
-    try:
-        from .executor import TokenStreamingExecutor
-    except ModuleNotFoundError as error:
-        raise ModelUnavailable(
-            f"A service needs more packages than a client, and {error.name} is not installed. Install it: {INSTALL}"
-        ) from error
-    return Deployment(
-        uses=TokenStreamingExecutor,
-        uses_with={"model": model, "precision": precision, "engine_args": asdict(engine_args)},
-        host=bracketed(host),
-        port=port,
-        protocol="grpc",
-        include_gateway=False,  # Jina's gateway hides errors and repeats requests
-        timeout_ready=-1,  # no limit, because a first download may take long
-        grpc_server_options={
-            "grpc.so_reuseport": 0,  # two services must not share a port unnoticed
-            # Jina's client pings every 10 s, and gRPC closes a connection after the third ping without data.
-            # Jina means to allow the pings, but gRPC does not know the names of its options.
-            "grpc.http2.max_ping_strikes": 0,
-        },
-        proxy=True,  # a download may need the proxy of the environment
-    )

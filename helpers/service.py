@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,8 @@ from .progress import progress
 if TYPE_CHECKING:
     from .answer import Answer
     from .conversation import Conversation
+    from .fields import ModelFields
     from .prompts import Message
-    from .schemas import ModelDocument
 
 _PROGRAM = """
 import sys
@@ -129,7 +130,7 @@ class Service:
             raise
         self.pid = self._process.pid
         try:
-            from . import conversation  # noqa: F401  takes seconds, while the service starts
+            from . import conversation  # noqa: F401  while the service starts
 
             self._wait_until_ready(ready_line(host, port))
         except BaseException:
@@ -164,7 +165,7 @@ class Service:
 
         return Conversation(system, host=self.host, port=self.port, **options)
 
-    def info(self) -> ModelDocument:
+    def info(self) -> ModelFields:
         """Return this service's model and load, as `helpers.info` does."""
         from . import client
 
@@ -206,6 +207,10 @@ class Service:
 
     def _failure(self) -> HelpersError:
         lines = [line for line in self.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+        if self._process.returncode == -getattr(signal, "SIGKILL", 0):  # not on Windows
+            return ServiceUnavailable(
+                "The service was killed, perhaps because memory ran out. Close other programs and start it again."
+            )
         return find_error(lines) or ServiceUnavailable(
             f"The service ended with status {self._process.returncode} before it was ready. "
             "The end of its log:\n" + "\n".join(lines[-20:])

@@ -19,31 +19,27 @@ from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from ._jina import (
-    BaseDoc,
-    Empty,
-    JinaGatewayDryRunRPCStub,
-    RpcError,
-    SingleDocumentRequest,
-    StatusProto,
-    open_channel,
-    stream_documents,
-)
+from grpc import RpcError
+from pydantic import BaseModel
+
 from .addresses import bypasses_proxy, host_to_ask, join
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable
 from .options import check_port
+from .wire import dry_run, open_channel, read_fields, write_request
+from .wire import stream as stream_replies
 
-Doc = TypeVar("Doc", bound=BaseDoc)
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
-class Call(Generic[Doc]):
+class Call(Generic[Fields]):
     """One request to an endpoint of a service. It is sent when its reply is read.
 
-    `reply_type` is the class of the documents that come back. The constructor raises `InvalidRequest` if `host` is not
-    a host or `port` not a port. Reading raises `ServiceUnavailable` if no service answers, or if it goes away.
+    `request` and `reply_type` are of `helpers.fields` or `helpers.schemas`. The constructor raises `InvalidRequest` if
+    `host` is not a host or `port` not a port. Reading raises `ServiceUnavailable` if no service answers, or if it goes
+    away.
     """
 
-    def __init__(self, endpoint: str, request: BaseDoc, reply_type: type[Doc], host: str, port: int) -> None:
+    def __init__(self, endpoint: str, request: BaseModel, reply_type: type[Fields], host: str, port: int) -> None:
         self.endpoint, self.request, self.reply_type = endpoint, request, reply_type
         self.host, self.port = host_to_ask(host), check_port(port)
         self._channel: Any = None
@@ -55,7 +51,7 @@ class Call(Generic[Doc]):
         if self._channel is not None:
             _close(self._channel)
 
-    def document(self) -> Doc:
+    def document(self) -> Fields:
         """Return the reply of an endpoint that replies with one document."""
         for document in self.documents():
             return document
@@ -63,24 +59,21 @@ class Call(Generic[Doc]):
             f"The program at {join(self.host, self.port)} has no endpoint {self.endpoint}. Check the port."
         )
 
-    def documents(self) -> Generator[Doc, None, None]:
+    def documents(self) -> Generator[Fields, None, None]:
         """Send the request and yield the documents as they arrive.
 
         Use plain gRPC, not grpc.aio, which prints `BlockingIOError` at random if a program has several event loops, as
         a notebook that uses Jina's client has (grpc/grpc#25364).
         """
-        message = SingleDocumentRequest()
-        message.header.exec_endpoint = self.endpoint
-        message.document_cls = type(self.request)
-        message.data.doc = self.request
+        request = write_request(self.endpoint, self.request)
         with self._as_service_unavailable(), _open_channel(self.host, self.port) as self._channel:
             if self._cancelled:
                 return
-            replies = stream_documents(self._channel, message)
+            replies = stream_replies(self._channel, request)
             _in_use.add(replies)
             try:
                 while (reply := _next(replies)) is not None:
-                    yield self.reply_type.from_protobuf(reply.document)
+                    yield self.reply_type(**read_fields(reply))
                     _check_process()
             finally:
                 if _close(self._channel):
@@ -88,7 +81,7 @@ class Call(Generic[Doc]):
                         while _next(replies) is not None:
                             pass
 
-    async def documents_async(self) -> AsyncGenerator[Doc, None]:
+    async def documents_async(self) -> AsyncGenerator[Fields, None]:
         """Send the request and yield the documents as they arrive, in an event loop. A thread reads `documents`.
 
         Raise `InvalidRequest` if no event loop of asyncio is running.
@@ -101,9 +94,9 @@ class Call(Generic[Doc]):
                 "An `await` or `async for` of an answer needs asyncio's event loop, and none runs here. Use "
                 "asyncio.run(...), or in trio `await trio.to_thread.run_sync(helpers.ask, question)`."
             ) from None
-        arrived: asyncio.Queue[Doc | BaseException | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Fields | BaseException | None] = asyncio.Queue()
 
-        def put(item: Doc | BaseException | None) -> None:
+        def put(item: Fields | BaseException | None) -> None:
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
@@ -262,6 +255,6 @@ def is_ready(host: str, port: int) -> bool:
     """Return whether a service behind Jina's gateway answers: the gateway and the executor behind it."""
     try:
         with _open_channel(host_to_ask(host), port) as channel:
-            return bool(JinaGatewayDryRunRPCStub(channel).dry_run(Empty(), timeout=2).code == StatusProto.SUCCESS)
+            return dry_run(channel, seconds=2)
     except RpcError:
         return False

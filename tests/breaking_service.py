@@ -17,13 +17,14 @@ class BreakingExecutor(TokenStreamingExecutor):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.step = 0
-        self.chat_model.model.register_forward_pre_hook(self.fail_at_the_step, with_kwargs=True)
+        self.logits, self.chat_model.model.logits = self.chat_model.model.logits, self.fail_at_the_step
 
-    def fail_at_the_step(self, model, args, kwargs):
-        is_prefill = kwargs["input_ids"].shape[1] > 1
+    def fail_at_the_step(self, ids, chunks):
+        is_prefill = len(ids) > 1
         self.step = 1 if is_prefill else self.step + 1
         if self.step == BREAK_AT:
             raise RuntimeError("out of memory")
+        return self.logits(ids, chunks)
 
     @requests(on="/raising")
     async def raising(self, doc: PromptDocument, **kwargs) -> ModelOutputDocument:

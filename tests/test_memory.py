@@ -17,6 +17,15 @@ def test_memory_is_the_weights_one_full_context_and_half_a_gb() -> None:
     assert memory_needed(SIZE, "bf16") == pytest.approx(SIZE * 2 + kv_cache + 0.5e9, rel=0.01)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_at_int8_on_a_cpu_the_kv_cache_is_in_32_bit(device: str) -> None:
+    kv_cache = 4096 * 2 * 32 * 4096 * (4 if device == "cpu" else 2)
+    weights = SIZE * PRECISIONS["int8"]
+    assert memory_needed(SIZE, "int8", device) == pytest.approx(weights + kv_cache + 0.5e9, rel=0.01)
+    assert memory_needed(SIZE, "fp32", device) == memory_needed(SIZE, "fp32")
+    assert fits(SIZE, "int8", device, free=16 * GB)
+
+
 def test_the_precisions_are_listed_from_the_largest_to_the_smallest() -> None:
     sizes = [memory_needed(SIZE, precision) for precision in PRECISIONS]
     assert sizes == sorted(sizes, reverse=True)

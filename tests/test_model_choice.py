@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -38,13 +39,14 @@ GRANTED = hub_says(Licence.GRANTED)
 @pytest.mark.parametrize(
     ("here", "expected", "why"),
     [
-        (without_gpu(16), (BUNDLED, "fp32", "cpu"), "no GPU was found, so the bundled SmolLM2"),
-        (without_gpu(0.9), (BUNDLED, "bf16", "cpu"), "(on the CPU)"),
+        (without_gpu(16), (BUNDLED, "int8", "cpu"), "no GPU was found, so the bundled SmolLM2"),
+        (without_gpu(16, quantises=False), (BUNDLED, "int8", "cpu"), "(on the CPU)"),
+        (without_gpu(0.65), (BUNDLED, "nf4", "cpu"), "(on the CPU)"),
         (with_gpu(15), (LLAMA2, "int8", "cuda"), f"alice may download {LLAMA2}, and at int8"),
         (with_gpu(8), (LLAMA2, "nf4", "cuda"), "at nf4 it fits the GPU (needs 7.1 GB, 8.0 GB free)"),
         (with_gpu(4), (BUNDLED, "bf16", "cuda"), "needs 7.1 GB, and the GPU has 4.0 GB free"),
         (with_gpu(4, bf16=False), (BUNDLED, "fp32", "cuda"), "(on the GPU)"),
-        (with_gpu(0.1), (BUNDLED, "fp32", "cpu"), "(on the CPU)"),
+        (with_gpu(0.1), (BUNDLED, "int8", "cpu"), "(on the CPU)"),
         (with_gpu(15, quantises=False), (BUNDLED, "bf16", "cuda"), "at bf16 needs"),
         (with_gpu(80, quantises=False), (LLAMA2, "bf16", "cuda"), "at bf16 it fits"),
     ],
@@ -102,8 +104,8 @@ def test_a_named_precision_is_kept() -> None:
 
 
 def test_llama_2_runs_on_a_cpu_if_it_is_named() -> None:
-    choice = choose(LLAMA2, machine=without_gpu(64), hub=GRANTED)
-    assert (choice.precision, choice.device) == ("fp32", "cpu")
+    choice = choose(LLAMA2, machine=without_gpu(16), hub=GRANTED)
+    assert (choice.precision, choice.device) == ("int8", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,45 @@ def test_an_unknown_precision_is_refused() -> None:
         choose("auto", "int4", machine=without_gpu(16))
 
 
-def test_a_quantised_precision_needs_bitsandbytes() -> None:
-    with pytest.raises(ModelUnavailable, match=r"needs the package bitsandbytes.*choose fp32 or bf16\."):
-        choose(BUNDLED, "int8", machine=without_gpu(16, quantises=False))
+def folder_of(kind: str, folder: Path) -> str:
+    """Write a model whose config.json says that it is of this kind, and return its path."""
+    config = {"model_type": kind, "max_position_embeddings": 512, "num_key_value_heads": 2, "sliding_window": None}
+    (model_folder(folder) / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("quantises", [True, False])
+def test_the_llama_family_runs_at_int8_on_a_cpu(tmp_path: Path, kind: str, quantises: bool) -> None:
+    model, here = folder_of(kind, tmp_path / "model"), without_gpu(16, quantises=quantises)
+    assert choose(model, machine=here).precision == choose(model, "int8", machine=here).precision == "int8"
+    assert choose(model, "fp32", machine=here).precision == "fp32"
+
+
+@pytest.mark.parametrize("quantises", [True, False])
+def test_any_other_model_runs_at_fp32_on_a_cpu(tmp_path: Path, quantises: bool) -> None:
+    choice = choose(folder_of("gpt_neox", tmp_path / "model"), machine=without_gpu(16, quantises=quantises))
+    assert (choice.precision, choice.device) == ("fp32", "cpu")
+
+
+def test_a_damaged_configuration_is_reported_on_a_cpu_too(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelUnavailable, match=rf"^{folder}/config\.json is damaged or cut off"):
+        choose(str(folder), machine=without_gpu(16))
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "here"),
+    [
+        ("llama", "nf4", without_gpu(16, quantises=False)),
+        ("gpt_neox", "int8", without_gpu(16, quantises=False)),
+        ("llama", "int8", with_gpu(16, quantises=False)),
+    ],
+)
+def test_a_quantised_precision_needs_bitsandbytes(tmp_path: Path, kind: str, precision: str, here: Machine) -> None:
+    with pytest.raises(ModelUnavailable, match=rf"^{precision} needs the package bitsandbytes.*choose fp32 or bf16\."):
+        choose(folder_of(kind, tmp_path / "model"), precision, machine=here)
 
 
 def test_llama_2_without_the_licence_is_refused_with_a_fix() -> None:

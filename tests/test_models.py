@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 import helpers
+from greedy import generated_answer, packed_answer
 from helpers import model_files, models, prompts
 from helpers.catalog import LLAMA2
 from helpers.errors import InvalidRequest, ModelUnavailable
@@ -29,12 +30,10 @@ QUESTION: list[prompts.Message] = [{"role": "user", "content": "What is the capi
 
 
 def answer(chat_model: models.ChatModel) -> str:
-    """Return the first words of the model's answer to `QUESTION`, as transformers generates them."""
-    import torch
-
-    ids = torch.tensor([prompts.token_ids(QUESTION, chat_model.tokenizer)])
-    out = chat_model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    return chat_model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    """Return the first words of the model's answer to `QUESTION`."""
+    chat_model.model.prepare()
+    ids = packed_answer(chat_model.model, prompts.token_ids(QUESTION, chat_model.tokenizer), 8)
+    return chat_model.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # --- The bundled model ----------------------------------------------------------------------------
@@ -42,12 +41,12 @@ def answer(chat_model: models.ChatModel) -> str:
 
 def test_the_bundled_model_answers(bundled: Any) -> None:
     assert "Paris" in answer(bundled)
-    assert (bundled.name, bundled.precision, bundled.device) == ("smollm2", "fp32", "cpu")
+    assert (bundled.name, bundled.precision, bundled.device) == ("smollm2", "int8", "cpu")
     assert bundled.context_length == 8192
     assert bundled.eos_token_ids == {bundled.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=LONG), pytest.param("nf4", marks=LONG)])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=LONG), pytest.param("nf4", marks=LONG)])
 @pytest.mark.main  # it takes seconds
 @pytest.mark.usefixtures("bundled")
 def test_the_bundled_model_answers_at_every_precision(precision: str) -> None:
@@ -64,13 +63,25 @@ def test_a_local_folder_is_loaded(tiny: Any, tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "weights"),
-    [("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("int8", "torch.int8"), ("nf4", "torch.uint8")],
+    ("precision", "linear"),
+    [("fp32", "Fp32Linear"), ("int8", "Int8Linear"), ("bf16", "torch.bfloat16"), ("nf4", "torch.uint8")],
 )
-def test_the_weights_have_the_precision_that_was_asked_for(tiny_folder: Path, precision: str, weights: str) -> None:
+def test_the_weights_have_the_precision_that_was_asked_for(tiny_folder: Path, precision: str, linear: str) -> None:
     chat_model = models.load(str(tiny_folder), precision)
     assert chat_model.precision == precision
-    assert str(chat_model.model.model.layers[0].mlp.down_proj.weight.dtype) == weights
+    if precision in ("fp32", "int8"):
+        assert {type(layer.down).__name__ for layer in chat_model.model._layers} == {linear}
+    else:
+        assert str(chat_model.model.model.model.layers[0].mlp.down_proj.weight.dtype) == linear
+    assert len(answer(chat_model)) > 0
+
+
+def test_int8_outside_the_llama_family_comes_from_bitsandbytes(copy: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    chat_model = models.load(str(copy), "int8")
+    assert str(chat_model.model.model.model.layers[0].mlp.down_proj.weight.dtype) == "torch.int8"
     assert len(answer(chat_model)) > 0
 
 
@@ -158,7 +169,7 @@ def test_tokenizer_model_without_its_package_is_reported_with_the_installation(
 def test_a_model_of_text_and_images_answers_text(copy: Path, tiny: Any) -> None:
     """Gemma 3 from 4B: the sizes of its text model are in text_config."""
     import torch
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
     from helpers.engine import Engine
 
@@ -174,11 +185,10 @@ def test_a_model_of_text_and_images_answers_text(copy: Path, tiny: Any) -> None:
     loaded = models.load(str(copy), "fp32")
     assert loaded.context_length == 256
     prompt = prompts.token_ids(QUESTION, loaded.tokenizer)
-    ids = torch.tensor([prompt])
-    expected = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+    expected = generated_answer(AutoModelForCausalLM.from_pretrained(copy).eval(), prompt, 30)
     engine = Engine(loaded.model, eos_token_ids=loaded.eos_token_ids, context_length=256)
     stream = engine.submit(prompt, SamplingParams(max_tokens=30))
-    assert list(stream) == [n for n in expected[0, len(prompt) :].tolist() if n not in loaded.eos_token_ids]
+    assert list(stream) == [n for n in expected if n not in loaded.eos_token_ids]
     engine.close()
 
 
@@ -289,7 +299,7 @@ def test_a_model_of_the_hub_is_downloaded_and_served(
     with HubStub({TOKEN: "alice"}, {"someone/tiny": Repo("granted", folder=tiny_folder)}) as stub:
         for name, value in stub.environment(home=tmp_path, HF_TOKEN=TOKEN).items():
             monkeypatch.setenv(name, value)
-        with helpers.serve("someone/tiny", port=0) as service:
+        with helpers.serve("someone/tiny", "fp32", port=0) as service:
             assert service.info().model == "someone/tiny"
             assert service.ask("Hello", max_tokens=9).text == tiny_service.ask("Hello", max_tokens=9).text
             log = service.log.read_text()

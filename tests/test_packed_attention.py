@@ -44,18 +44,20 @@ def random_model(kind: str, **options: Any) -> Any:
 def test_each_sequence_gets_the_same_logits_as_alone(torch: Any, kind: str, dtype: str) -> None:
     """Read in chunks, beside others, and beyond the width of a sliding window."""
     from helpers.kv_cache import KVCache
-    from helpers.packed_attention import forward_packed, install_packed_attention
+    from helpers.packed import forward_packed
+    from helpers.packed_attention import TransformersModel
 
     model = random_model(kind, **ARCHITECTURES[kind]).to(getattr(torch, dtype))
     prompts = [torch.randint(0, 200, (n,)).tolist() for n in (50, 20, 33)]
     with torch.inference_mode():
         alone = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
-    install_packed_attention(model)
+    packed = TransformersModel(model)
+    packed.prepare()
     caches = [KVCache(50) for _ in prompts]
     in_company: dict[int, Any] = {}
     for begin in range(0, 50, 7):
         reading = [n for n, prompt in enumerate(prompts) if begin < len(prompt)]
-        logits, most_likely = forward_packed(model, [(caches[n], prompts[n][begin : begin + 7]) for n in reading])
+        logits, most_likely = forward_packed(packed, [(caches[n], prompts[n][begin : begin + 7]) for n in reading])
         assert most_likely == logits.argmax(dim=-1).tolist()
         in_company.update(zip(reading, logits, strict=True))
     assert [cache.length for cache in caches] == [50, 20, 33]
@@ -65,13 +67,14 @@ def test_each_sequence_gets_the_same_logits_as_alone(torch: Any, kind: str, dtyp
 
 def test_a_step_that_fails_leaves_every_kv_cache_as_long_as_before(torch: Any) -> None:
     from helpers.kv_cache import KVCache
-    from helpers.packed_attention import forward_packed, install_packed_attention
+    from helpers.packed import forward_packed
+    from helpers.packed_attention import TransformersModel
 
-    model = random_model("Llama")
-    install_packed_attention(model)
+    model = TransformersModel(random_model("Llama"))
+    model.prepare()
     cache, prompt = KVCache(20), list(range(10))
     forward_packed(model, [(cache, prompt[:6])])
-    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    hook = model.model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         forward_packed(model, [(cache, prompt[6:])])
     hook.remove()
@@ -83,21 +86,23 @@ def test_a_step_that_fails_leaves_every_kv_cache_as_long_as_before(torch: Any) -
 
 
 def test_the_trial_says_how_much_memory_a_token_takes(torch: Any) -> None:
-    from helpers.packed_attention import install_packed_attention
+    from helpers.packed_attention import TransformersModel
 
-    trial = install_packed_attention(random_model("Llama"))
+    trial = TransformersModel(random_model("Llama")).prepare()
     layers, heads, size, keys_and_values, bytes_per_number = 2, 2, 8, 2, 4
     assert trial.bytes_per_token == {torch.device("cpu"): layers * heads * size * keys_and_values * bytes_per_number}
 
 
-def test_installing_twice_changes_nothing(torch: Any) -> None:
+def test_preparing_twice_changes_nothing(torch: Any) -> None:
     from helpers.kv_cache import KVCache
-    from helpers.packed_attention import forward_packed, install_packed_attention
+    from helpers.packed import forward_packed
+    from helpers.packed_attention import TransformersModel
 
     model, logits = random_model("Llama"), []
     for _ in range(2):
-        install_packed_attention(model)
-        logits.append(forward_packed(model, [(KVCache(3), [1, 2, 3])])[0])
+        packed = TransformersModel(model)
+        packed.prepare()
+        logits.append(forward_packed(packed, [(KVCache(3), [1, 2, 3])])[0])
     assert torch.equal(*logits)
 
 
@@ -113,15 +118,15 @@ def test_installing_twice_changes_nothing(torch: Any) -> None:
     ],
 )
 def test_a_model_that_mixes_its_prompts_is_refused(torch: Any, kind: str, options: dict[str, Any], reason: str) -> None:
-    from helpers.packed_attention import install_packed_attention
+    from helpers.packed_attention import TransformersModel
 
     with pytest.raises(ModelUnavailable, match=rf"{kind}ForCausalLM cannot be served here .*{reason}.*another kind"):
-        install_packed_attention(random_model(kind, **options))
+        TransformersModel(random_model(kind, **options)).prepare()
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e38], ids=["nan", "infinite"])
 def test_a_model_that_computes_nan_or_infinity_is_refused(torch: Any, factor: float) -> None:
-    from helpers.packed_attention import install_packed_attention
+    from helpers.packed_attention import TransformersModel
 
     model = random_model("Llama")
     model.model.norm.weight.data *= factor
@@ -129,20 +134,20 @@ def test_a_model_that_computes_nan_or_infinity_is_refused(torch: Any, factor: fl
         ModelUnavailable,
         match=r"^LlamaForCausalLM computes logits that are NaN or infinite, in torch\.float32\. Serve it with",
     ):
-        install_packed_attention(model)
+        TransformersModel(model).prepare()
 
 
 def test_a_model_may_exclude_tokens_from_generation(torch: Any) -> None:
     from helpers.kv_cache import KVCache
-    from helpers.packed_attention import forward_packed, install_packed_attention
+    from helpers.packed import forward_packed
+    from helpers.packed_attention import TransformersModel
 
-    model = random_model("Llama")
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(200))
-    install_packed_attention(model)
-    (wanted,) = forward_packed(model, [(KVCache(3), [1, 2, 3])])[1]
-    model.lm_head.bias.data.copy_(torch.full((200,), -torch.inf).index_fill(0, torch.tensor(wanted), 0))
-    install_packed_attention(model)
-    assert forward_packed(model, [(KVCache(3), [1, 2, 3])])[1] == [wanted]
+    model, wanted = random_model("Llama"), 7
+    bias = torch.full((200,), -torch.inf).index_fill(0, torch.tensor(wanted), 0)
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    packed = TransformersModel(model)
+    packed.prepare()
+    assert forward_packed(packed, [(KVCache(3), [1, 2, 3])])[1] == [wanted]
 
 
 def test_a_context_whose_positions_would_change_is_not_used(tiny_folder: Path, tmp_path: Path) -> None:

@@ -17,21 +17,13 @@ import pytest
 
 import helpers
 from eventually import until
+from greedy import generated_answer, packed_answer
 from helpers import prompts
 from helpers.answer import Answer
 from helpers.errors import InvalidRequest, QueueFull
 from wire import SLOW, call_by_wire
 
 # --- What a client gets ---------------------------------------------------------------------------
-
-
-def generated(model: Any, prompt_ids: list[int], max_tokens: int) -> str:
-    """Return what `transformers` itself generates, greedily."""
-    import torch
-
-    ids = torch.tensor([prompt_ids])
-    output = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
-    return model.tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
 
 
 def test_the_articles_question_is_answered_through_the_whole_chain(service: Any, bundled: Any) -> None:
@@ -41,7 +33,9 @@ def test_the_articles_question_is_answered_through_the_whole_chain(service: Any,
     ]
     answer = service.ask(dialog, max_tokens=20)
     prompt_ids = prompts.token_ids(dialog, bundled.tokenizer)
-    assert str(answer) == generated(bundled, prompt_ids, 20)
+    bundled.model.prepare()
+    expected = packed_answer(bundled.model, prompt_ids, 20)
+    assert str(answer) == bundled.tokenizer.decode(expected, skip_special_tokens=True)
     assert (answer.finish_reason, answer.prompt_tokens) == ("length", len(prompt_ids))
     assert (answer.completion_tokens, answer.dropped_turns) == (20, 0)
     assert 0 < answer.time_to_first_token < answer.seconds
@@ -57,7 +51,7 @@ def test_an_answer_that_the_model_ends_says_stop(service: Any) -> None:
 
 def test_info_describes_the_model(service: Any) -> None:
     info = service.info()
-    assert (info.model, info.precision, info.device) == ("smollm2", "fp32", "cpu")
+    assert (info.model, info.precision, info.device) == ("smollm2", "int8", "cpu")
     assert (info.context_length, info.running, info.waiting) == (8192, 0, 0)
 
 
@@ -129,16 +123,19 @@ def test_a_dialog_longer_than_the_window_loses_its_oldest_turns_and_says_so(tiny
 
 
 @pytest.mark.xdist_group("port-12345")
-def test_the_articles_own_client_gets_the_whole_answer(script: Any, tiny: Any, tiny_folder: Path) -> None:
+def test_the_articles_own_client_gets_the_whole_answer(
+    script: Any, tiny: Any, tiny_reference: Any, tiny_folder: Path
+) -> None:
     """The test uses the article's two classes, client code and port, as printed."""
     from test_prompts import ARTICLE_PROMPT
 
-    with helpers.serve(str(tiny_folder)) as service:
+    with helpers.serve(str(tiny_folder), "fp32") as service:
         assert service.port == 12345
         client = script(str(Path(__file__).with_name("article_client.py")))
         assert client.process.wait(600) == 0
         printed = client.log.read_bytes().decode()  # bytes, to keep carriage returns
-    assert printed.endswith(generated(tiny, prompts.token_ids(ARTICLE_PROMPT, tiny.tokenizer), 100))
+    expected = generated_answer(tiny_reference, prompts.token_ids(ARTICLE_PROMPT, tiny.tokenizer), 100)
+    assert printed.endswith(tiny.tokenizer.decode(expected, skip_special_tokens=True))
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -340,7 +337,7 @@ def test_a_client_that_pings_often_stays_connected(tiny_service: Any) -> None:
 
 @pytest.mark.parametrize("clients", [300, pytest.param(2000, marks=pytest.mark.long)])
 def test_many_requests_cancelled_at_once_leave_nothing(tiny_service: Any, clients: int) -> None:
-    (worker,) = psutil.Process(tiny_service.pid).children()
+    worker = psutil.Process(tiny_service.pid)
     expected = tiny_service.ask(prompt=SLOW, max_tokens=20).text
 
     async def all_cancelled() -> None:

@@ -144,9 +144,9 @@ def test_the_token_is_handed_over_by_environment_only(tiny_folder: Path, monkeyp
     secret = "hf_" + "notarealtoken" * 3
     monkeypatch.setenv("HF_TOKEN", secret)
     with helpers.serve(str(tiny_folder), port=0) as service:
-        family = [psutil.Process(service.pid), *psutil.Process(service.pid).children()]
-        assert all(process.environ()["HF_TOKEN"] == secret for process in family)
-        assert not any(secret in " ".join(process.cmdline()) for process in family)
+        process = psutil.Process(service.pid)
+        assert process.environ()["HF_TOKEN"] == secret
+        assert secret not in " ".join(process.cmdline())
         service.ask("Hello", max_tokens=1)
         assert secret not in service.log.read_text()
         assert secret not in repr(service)
@@ -191,10 +191,8 @@ def test_the_foreground_service_stops_on_sigterm(script: Any, tiny_folder: Path)
     running = script("-m", "helpers", "serve", "--model", str(tiny_folder), "--port", str(port))
     assert f"127.0.0.1:{port}" in running.wait_for("Ready")
     assert helpers.ask("Hello", max_tokens=2, port=port).completion_tokens == 2
-    _, *children = running.family()
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(300) == 0
-    until_ended(children)
     assert is_free(port)
     assert "Traceback" not in running.log.read_text()
 
@@ -204,10 +202,8 @@ def test_ctrl_c_stops_the_foreground_service_that_has_no_stdin(script: Any, tiny
     command = f"exec {sys.executable} -m helpers serve --model '{tiny_folder}' --port {port} <&-"
     running = script("-c", f"import os; os.execvp('sh', ['sh', '-c', {command!r}])", start_new_session=True)
     running.wait_for("Ready")
-    _, *children = running.family()
     os.killpg(running.process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
     assert running.process.wait(300) == 0
-    until_ended(children)
     assert is_free(port)
     assert "Traceback" not in running.log.read_text()
 
@@ -219,7 +215,7 @@ def test_a_service_ends_when_its_parent_is_killed(script: Any, tiny_folder: Path
     parent = script(str(TESTS / "serving_parent.py"), "serve", str(tiny_folder), "0")
     _, port, log = parent.wait_for("PORT").split()
     _, *family = parent.family()
-    assert len(family) == 2
+    assert len(family) == 1
     assert helpers.ask(prompt="Hello", max_tokens=2, port=int(port)).completion_tokens == 2
     parent.process.kill()
     until_ended(family)
@@ -235,14 +231,6 @@ def test_a_starting_service_ends_when_its_parent_is_killed(script: Any, tiny_fol
     parent.process.kill()
     until_ended(family)
     assert is_free(port)
-
-
-def test_an_executor_ends_when_its_service_is_killed_while_it_loads(script: Any, bundled: Any) -> None:
-    starting = script("-m", "helpers", "serve", "--model", "smollm2", "--port", "0")
-    until(lambda: len(starting.family()) > 1, "the executor starts")
-    _, *family = starting.family()
-    starting.process.kill()
-    until_ended(family)
 
 
 def test_the_processes_of_a_script_end_when_the_script_is_killed() -> None:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
 import helpers
-from helpers.errors import InvalidRequest, ServiceUnavailable
+from helpers.errors import InvalidRequest, ModelUnavailable, ServiceUnavailable
+from helpers.loading import start_loading
+from helpers.options import EngineArgs
 from helpers.service import _PROGRAM, Service, _environment, serve_script
 
 
@@ -71,45 +73,19 @@ def test_python_without_docstrings_runs_no_service_and_says_so() -> None:
 
 
 STOPPING = """
-import signal, subprocess, multiprocessing, sys, time
+import sys, time
 from pathlib import Path
 from helpers import server
 server.SECONDS_TO_STOP = 0.5
-
-def tokenize():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("tokenizing", flush=True)
-    time.sleep(3600)
-
 lifetime = server._Lifetime(None, Path(sys.argv[1]))
-executor = multiprocessing.get_context("fork").Process(target=tokenize)
-executor.start()
 lifetime.ready.set()
-lifetime.stop.wait()
-executor.terminate()
-executor.join()
-time.sleep(3600)
-"""
-KILLED = """
-import multiprocessing.connection, threading, time
-from helpers import server
-watched, wait = threading.Event(), multiprocessing.connection.wait
-multiprocessing.connection.wait = lambda sentinels: (watched.set(), wait(sentinels))
-lifetime = server._Lifetime(None, None)
-executor = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
-executor.start()
-watched.wait()
-lifetime.stop.set()
-executor.kill()
-for thread in threading.enumerate():
-    if thread.name == "executor-watch":
-        thread.join()
-print("ended")
+print("tokenizing", flush=True)
+while True:
+    time.sleep(3600)
 """
 
 
 @pytest.mark.main
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
 def test_a_service_that_still_tokenizes_stops_in_time(tmp_path: Path) -> None:
     log = tmp_path / "service.log"
     log.touch()
@@ -117,20 +93,31 @@ def test_a_service_that_still_tokenizes_stops_in_time(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STOPPING, str(log)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as one:
         assert one.stdout.readline() == "tokenizing\n"
-        (executor,) = psutil.Process(one.pid).children()
         one.terminate()
         assert one.communicate(timeout=300) == ("", "")
         assert one.returncode == 0
-    assert not executor.is_running()
     assert not log.exists()
 
 
+def test_a_model_that_does_not_load_in_its_thread_raises_where_it_is_awaited(torch: Any) -> None:
+    loading = start_loading("/no/such/folder", "auto", EngineArgs())
+    with pytest.raises(ModelUnavailable, match="/no/such/folder"):
+        loading.result()
+
+
 @pytest.mark.main
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
-def test_an_executor_that_is_killed_while_the_service_stops_is_no_failure() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+def test_a_model_loads_while_jina_is_imported() -> None:
+    program = (
+        "import sys\n"
+        "from helpers import server\n"
+        "def start(*arguments):\n"
+        "    print({'jina', 'docarray'} & set(sys.modules))\n"
+        "    sys.exit()\n"
+        "server.start_loading = start\n"
+        "server.run('smollm2', port=0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_a_script_that_does_not_exist_is_refused(tmp_path: Path) -> None:

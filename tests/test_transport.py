@@ -17,11 +17,11 @@ import pytest
 
 from eventually import until
 from helpers import transport
-from helpers._jina import RpcError, SingleDocumentRequest, open_channel, stream_documents
 from helpers.answer import Answer
 from helpers.errors import InvalidRequest, ServiceUnavailable
 from helpers.schemas import ChatDocument, ModelDocument, ModelOutputDocument
-from helpers.transport import Call, is_ready
+from helpers.transport import Call, RpcError, is_ready
+from helpers.wire import open_channel, stream, write_request
 from scripted_service import ScriptedService
 
 HELLO = ChatDocument(messages=[{"role": "user", "content": "Hello"}], max_tokens=3)
@@ -128,7 +128,7 @@ def test_a_service_that_is_back_is_reached_at_once(scripted: ScriptedService) ->
     scripted.stop()
     with open_channel(f"127.0.0.1:{scripted.port}") as other:
         with pytest.raises(RpcError):
-            list(stream_documents(other, SingleDocumentRequest()))
+            list(stream(other, write_request("/chat", HELLO)))
         with pytest.raises(ServiceUnavailable, match=f"127.0.0.1:{scripted.port} does not answer"):
             list(call_to(scripted).documents())
         scripted.start()
@@ -161,14 +161,39 @@ def test_a_client_needs_no_torch() -> None:
     assert (done.stdout, done.stderr) == ("None\n", "")
 
 
-def test_importing_the_client_leaves_the_program_as_it_was() -> None:
+@pytest.mark.main
+def test_asking_imports_no_heavy_package_and_leaves_all_of_them_usable(scripted: ScriptedService) -> None:
+    """Importing them takes seconds, and DocArray offers tensors of torch only if it can import torch."""
+    pytest.importorskip("torch")
+    done = run(
+        "import asyncio, sys, helpers\n"
+        f"asked = dict(max_tokens=3, port={scripted.port})\n"
+        "print(helpers.ask('Hello', **asked).completion_tokens, asyncio.run(helpers.aask('Hello', **asked)))\n"
+        f"chat = helpers.Conversation(port={scripted.port})\n"
+        f"print(chat.window().size, helpers.info(port={scripted.port}).model)\n"
+        "print({'torch', 'transformers', 'docarray', 'jina', 'numpy', 'aiohttp'} & set(sys.modules))\n"
+        "import torch\n"
+        "from docarray import BaseDoc\n"
+        "from docarray.typing import TorchTensor\n"
+        "from jina import Client, Deployment, Executor\n"
+        "from helpers.schemas import PromptDocument\n"
+        "class Picture(BaseDoc):\n"
+        "    tensor: TorchTensor\n"
+        "assert Picture.from_bytes(Picture(tensor=torch.ones(2)).to_bytes()).tensor.sum() == 2\n"
+        "assert issubclass(PromptDocument, BaseDoc)\n"
+        "print(helpers.ask('Hello', **asked).completion_tokens)"
+    )
+    assert (done.stdout, done.stderr) == ("3 2:0 2:1 2:2 \n512 scripted\nset()\n3\n", "")
+
+
+def test_importing_the_documents_leaves_the_program_as_it_was() -> None:
     """Jina's import changes the program's Ctrl-C handler, its warnings, and the start method of processes."""
     done = run(
         "import multiprocessing, signal, warnings\n"
         "handler = lambda *_: None\n"
         "signal.signal(signal.SIGINT, handler)\n"
         "format = warnings.formatwarning\n"
-        "import helpers.client\n"
+        "import helpers.client, helpers.schemas\n"
         "assert signal.getsignal(signal.SIGINT) is handler\n"
         "assert warnings.formatwarning is format\n"
         "assert ('always', None, DeprecationWarning, None, 0) not in warnings.filters\n"

@@ -13,11 +13,12 @@ def call_by_wire(port: int, endpoint: str, fields: dict[str, Any]) -> list[Any]:
     """Send the document `fields` to `endpoint`, and return the `ModelOutputDocument`s of the stream."""
     from google.protobuf import json_format
 
-    from helpers._jina import SingleDocumentRequest, open_channel, stream_documents
+    from helpers._jina import SingleDocumentRequest
     from helpers.schemas import ModelOutputDocument
+    from helpers.wire import open_channel, read_fields, stream
 
     message = SingleDocumentRequest()
     message.header.exec_endpoint = endpoint
     json_format.Parse(json.dumps({"data": fields}), message.proto.document)
     with open_channel(f"127.0.0.1:{port}", {"grpc.enable_http_proxy": 0}) as channel:
-        return [ModelOutputDocument.from_protobuf(reply.document) for reply in stream_documents(channel, message)]
+        return [ModelOutputDocument(**read_fields(reply)) for reply in stream(channel, message.proto)]
