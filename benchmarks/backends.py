@@ -162,13 +162,15 @@ class Server(Backend):
             try:
                 while min(map(len, all_times)) < after and not any(reader.done() for reader in readers):
                     time.sleep(0.005)
-                asked = time.perf_counter()
+                asked, answered = time.perf_counter(), None
                 for _ in self.stream(prompt, 1):
                     answered = time.perf_counter()
             finally:
                 stop.set()
         for reader in readers:
             reader.result()
+        if answered is None:
+            raise SystemExit(f"{self.row} gave no token after a long prompt.")
         gaps = [(new, new - old) for times in all_times for old, new in zip(times, times[1:], strict=False)]
         return Interruption(
             first_token=answered - asked,

@@ -7,6 +7,7 @@ both precisions find the same next token most likely.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def _read(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
 
 def main() -> None:
     """Print a table for the files that the command line names, or for two of this repository."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     print("| text | perplexity in fp32 | int8 ÷ fp32 | next token agrees |\n|---|--:|--:|--:|")
     for path in map(Path, sys.argv[1:] or TEXTS):
         found = compare(path.read_text("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.resources
 import importlib.util
 import shutil
@@ -121,6 +122,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    del read, model
+    gc.collect()  # both models are in cycles, and Python does not look for those while a service starts
 
 
 def llama_tokenizer() -> Any:

@@ -80,7 +80,7 @@ def _check_packages() -> list[CheckResult]:
 
 
 def _check_memory(here: Machine) -> list[CheckResult]:
-    needed = memory_needed(KNOWN_PARAMETERS[BUNDLED], "fp32")
+    needed = memory_needed(KNOWN_PARAMETERS[BUNDLED], "int8", "cpu")
     needed_by_llama2 = memory_needed(KNOWN_PARAMETERS[LLAMA2], "nf4")
     gpu = here.gpu and f"{here.gpu.name}, {format_gb(here.gpu.free)} free of {format_gb(here.gpu.total)}"
     return [
@@ -88,7 +88,7 @@ def _check_memory(here: Machine) -> list[CheckResult]:
             here.ram_available >= needed,
             "RAM",
             f"{format_gb(here.ram_available)} free of {format_gb(here.ram_total)}",
-            f"Close other programs: the bundled model needs {format_gb(needed)} at fp32.",
+            f"Close other programs: the bundled model needs {format_gb(needed)} at int8.",
         ),
         CheckResult(
             here.gpu is not None,

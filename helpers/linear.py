@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,18 +16,16 @@ from torch import Tensor
 
 LEVELS = 64
 """Weights in 8 bit are whole numbers from -64 to 64. Without VNNI, a CPU adds products of pairs in 16 bits, and
-255 * 64 * 2 still fits. So all CPUs compute the same."""
+255 * 64 * 2 still fits. So the product is the same on all CPUs."""
 
 _ROWS_AT_ONCE = 256
-
-warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")  # quantised tensors are deprecated
 
 
 class Fp32Linear:
     """A linear layer with weights in fp32.
 
-    oneDNN computes it, with rearranged weights, or MKL, with weights as they are: see `is_mkl_faster`. oneDNN's private
-    operations are those that torch's compiler calls.
+    oneDNN computes it, with rearranged weights, or MKL, with weights as they are: see `is_mkl_faster`. torch has no
+    public operation for rearranged weights, so this class calls those that torch's compiler calls.
 
     - `weight`: (outputs, inputs). `bias`: (outputs,) or None.
     - `prepack`: True for oneDNN, False for MKL, None for the faster one.
@@ -110,7 +107,7 @@ def has_fbgemm() -> bool:
     return (
         "fbgemm" in torch.backends.quantized.supported_engines
         and hasattr(torch, "_make_per_channel_quantized_tensor")
-        and hasattr(torch.ops.quantized, "linear_prepack")
+        and hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
     )
 
 

@@ -16,12 +16,15 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from .errors import ModelUnavailable
 from .kv_cache import BLOCK, KVCache
 from .linear import Fp32Linear, Int8Linear
 from .model_files import missing_weights
 from .packed import Chunk, forward_packed, require_finite
 
 Linear = Fp32Linear | Int8Linear
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class _Layer(NamedTuple):
@@ -42,7 +45,8 @@ class Llama:
     - `files`: the safetensors files with the weights. The embeddings stay there until they are needed.
     - `precision`: ``fp32`` or ``int8``.
 
-    Only two layers at a time are in memory twice. Raise `ModelUnavailable` if a tensor is missing.
+    Only two layers at a time are in memory twice. Raise `ModelUnavailable` if a tensor is missing or has another shape
+    than `config` says.
     """
 
     def __init__(self, config: Mapping[str, Any], files: Sequence[str], precision: str) -> None:
@@ -53,15 +57,18 @@ class Llama:
         self._head_size: int = config.get("head_dim") or config["hidden_size"] // self._heads
         self._epsilon = torch.tensor(config.get("rms_norm_eps", 1e-6))
         self._frequencies, self._magnitude = _rotary_frequencies(config, self._head_size)
-        num_layers = config["num_hidden_layers"]
-        head_name = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
         weights = _Weights(files)
-        weights.require([*_tensor_names(config), head_name])
-        self._embeddings, self._norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"].float()
+        embeddings, head = EMBEDDINGS, HEAD
+        if config.get("tie_word_embeddings") and HEAD not in weights:
+            head = EMBEDDINGS
+        elif config.get("tie_word_embeddings") and EMBEDDINGS not in weights:
+            embeddings = HEAD
+        weights.require(_tensor_shapes(config, self._head_size, embeddings, head))
+        self._embeddings, self._norm = weights[embeddings], weights["model.norm.weight"].float()
         with ThreadPoolExecutor(2, "pack-weights") as pool:  # FBGEMM packs a matrix with one thread
-            head = pool.submit(self._load_head, weights[head_name])
-            self._layers = list(pool.map(lambda n: self._load_layer(weights, n), range(num_layers)))
-            self._head = head.result()
+            loading_head = pool.submit(self._load_head, weights[head])
+            self._layers = list(pool.map(lambda n: self._load_layer(weights, n), range(config["num_hidden_layers"])))
+            self._head = loading_head.result()
 
     def _load_head(self, weight: Tensor) -> Linear:
         return Int8Linear(weight, digits=2) if self.precision == "int8" else Fp32Linear(weight, prepack=True)
@@ -71,10 +78,10 @@ class Llama:
         attention = f"{prefix}self_attn."
 
         def merged(*names: str) -> tuple[Tensor, Tensor | None]:
-            bias = [weights.get(f"{name}.bias") for name in names]
-            return torch.cat([weights[f"{name}.weight"] for name in names]), None if bias[0] is None else torch.cat(
-                bias
-            )
+            """Return the weights and the biases of several layers as one layer's."""
+            weight = torch.cat([weights[f"{name}.weight"] for name in names])
+            biases = [bias for name in names if (bias := weights.get(f"{name}.bias")) is not None]
+            return weight, torch.cat(biases) if biases else None
 
         def linear(weight: Tensor, bias: Tensor | None, digits: int = 1) -> Linear:
             return Int8Linear(weight, bias, digits=digits) if self.precision == "int8" else Fp32Linear(weight, bias)
@@ -107,9 +114,18 @@ class Llama:
         return torch.cat([ordered, rows[n:]])
 
     def prepare(self) -> KVCache:
-        """Read a prompt, and return its KV cache. Raise `ModelUnavailable` if the logits are NaN or infinite."""
+        """Read a prompt, and return its KV cache.
+
+        Raise `ModelUnavailable` if that fails, or if the logits are NaN or infinite.
+        """
         cache = KVCache(4)
-        logits, _ = forward_packed(self, [(cache, [3, 1, 4, 1])])
+        try:
+            logits, _ = forward_packed(self, [(cache, [3, 1, 4, 1])])
+        except Exception as error:
+            raise ModelUnavailable(
+                f"The model failed at its first step ({type(error).__name__}: {error}). "
+                "Close other programs and try again, or choose another model."
+            ) from error
         require_finite(logits, type(self).__name__, self.precision)
         return cache
 
@@ -137,7 +153,7 @@ class Llama:
             torch.view_as_complex(q_and_k.view(*q_and_k.shape[:3], -1, 2)).mul_(rotation)
             layer.output.add_to(hidden, self._attention(n, heads.transpose(1, 2), chunks, blocks))
             gate, up = layer.gate_up(self._normalised(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-            layer.down.add_to(hidden, silu(gate).mul_(up))
+            layer.down.add_to(hidden, _silu(gate).mul_(up))
         return hidden
 
     def _normalised(self, rows: Tensor, weight: Tensor) -> Tensor:
@@ -166,6 +182,17 @@ class Llama:
                 rows = attended.view(1, self._heads, block.n, -1).transpose(1, 2)
                 outputs.append(rows.reshape(block.n, -1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _silu(rows: Tensor) -> Tensor:
+    """Apply SiLU to `rows`, in place, in parts that torch computes in one thread.
+
+    A part for each thread would end within a row, and torch rounds the ends differently, so that a row's result would
+    depend on the others.
+    """
+    for part in rows.split(max(1, 32_767 // rows.shape[-1])):
+        silu(part, inplace=True)
+    return rows
 
 
 class _Block(NamedTuple):
@@ -202,20 +229,34 @@ def _rotary_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[Tens
     return ROPE_INIT_FUNCTIONS[kind](AutoConfig.for_model(**config), torch.device("cpu"))
 
 
-def _tensor_names(config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tensors that the model must have."""
-    kind, bias = config["model_type"], config.get("attention_bias")
-    linear = {f"self_attn.{name}_proj": bias or kind == "qwen2" for name in "qkv"}
-    linear |= {
-        "self_attn.o_proj": bias,
-        **{f"mlp.{name}_proj": config.get("mlp_bias") for name in ("gate", "up", "down")},
+def _tensor_shapes(config: Mapping[str, Any], head_size: int, embeddings: str, head: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that the model must have, and their shapes."""
+    kind, bias, mlp_bias = config["model_type"], bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    q = config["num_attention_heads"] * head_size
+    k = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head_size
+    linear = {  # outputs, inputs, and whether there is a bias
+        "self_attn.q_proj": (q, hidden, bias or kind == "qwen2"),
+        "self_attn.k_proj": (k, hidden, bias or kind == "qwen2"),
+        "self_attn.v_proj": (k, hidden, bias or kind == "qwen2"),
+        "self_attn.o_proj": (hidden, q, bias),
+        "mlp.gate_proj": (inner, hidden, mlp_bias),
+        "mlp.up_proj": (inner, hidden, mlp_bias),
+        "mlp.down_proj": (hidden, inner, mlp_bias),
     }
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    norms += ["self_attn.q_norm", "self_attn.k_norm"] if kind == "qwen3" else []
-    in_layer = [f"{name}.weight" for name in [*linear, *norms]]
-    in_layer += [f"{name}.bias" for name, has_bias in linear.items() if has_bias]
-    layers = [f"model.layers.{n}.{name}" for n in range(config["num_hidden_layers"]) for name in in_layer]
-    return ["model.embed_tokens.weight", *layers, "model.norm.weight"]
+    in_layer: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ["input_layernorm.weight", "post_attention_layernorm.weight"], (hidden,)
+    )
+    if kind == "qwen3":
+        in_layer |= {"self_attn.q_norm.weight": (head_size,), "self_attn.k_norm.weight": (head_size,)}
+    for name, (outputs, inputs, has_bias) in linear.items():
+        in_layer[f"{name}.weight"] = (outputs, inputs)
+        if has_bias:
+            in_layer[f"{name}.bias"] = (outputs,)
+    shapes = {embeddings: (vocabulary, hidden), head: (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for n in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in in_layer.items()}
+    return shapes
 
 
 class _Weights:
@@ -225,14 +266,23 @@ class _Weights:
         opened = [safe_open(file, "pt") for file in files]
         self._file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
-    def require(self, names: Sequence[str]) -> None:
-        """Raise `ModelUnavailable` if a tensor is missing."""
-        if missing := [name for name in dict.fromkeys(names) if name not in self._file_of]:
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `ModelUnavailable` if a tensor is missing or has another shape."""
+        if missing := [name for name in shapes if name not in self]:
             raise missing_weights(missing)
+        for name, shape in shapes.items():
+            if (found := tuple(self._file_of[name].get_slice(name).get_shape())) != shape:
+                raise ModelUnavailable(
+                    f"The model's tensor {name} has the shape {found}, and by its config.json {shape}. "
+                    "Download the model again."
+                )
 
     def get(self, name: str) -> Tensor | None:
         """Return a tensor, or None if there is none of that name."""
-        return self[name] if name in self._file_of else None
+        return self[name] if name in self else None  # noqa: SIM401
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)

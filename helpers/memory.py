@@ -30,8 +30,8 @@ def memory_needed(parameters: int, precision: str, device: str = "cuda") -> int:
     Raise `InvalidRequest` for an unknown precision.
     """
     require_precision(precision)
-    is_exact = precision == "fp32" or (precision, device) == ("int8", "cpu")
-    cache = _CACHE_SHARE * (4 if is_exact else 2)
+    is_cache_in_fp32 = precision == "fp32" or (precision, device) == ("int8", "cpu")
+    cache = _CACHE_SHARE * (4 if is_cache_in_fp32 else 2)
     return round(parameters * (PRECISIONS[precision] + cache)) + _RUNTIME_BYTES
 
 

@@ -10,7 +10,7 @@ from .errors import ModelUnavailable
 from .hardware import Machine, this_machine
 from .hub import STORE_AGAIN, HubAccess, Licence, find_token, hub_access
 from .memory import PRECISIONS, QUANTISED, check_precision, fits, format_gb, memory_needed
-from .model_files import cached_folder, is_llama_family, local_folder, parameters_of, read_json, snapshot_folder
+from .model_files import cached_folder, is_llama_family, local_folder, parameters_of, read_json, safetensors_files
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def choose(
     Model ``auto`` is Llama 2 if a CUDA GPU has enough memory and the weights are in the cache or may be
     downloaded; otherwise it is the bundled model. On a CPU, Llama 2 is too slow for a conversation and must be
     named. Precision ``auto`` is the first that fits: for Llama 2 on a GPU int8, as in the article, then nf4; for
-    any other model on a GPU bf16 (fp32 if the GPU only emulates bf16), int8, nf4; on the CPU int8 for the Llama family,
-    then fp32, bf16, int8, nf4.
+    any other model on a GPU bf16 (fp32 if the GPU only emulates bf16), int8, nf4; on the CPU, if it is an x86, int8 for
+    the Llama family, then fp32, bf16, int8, nf4.
     `hub` is what `hub_access` returned for Llama 2; without it, the Hub is asked if the answer matters.
 
     Raise `InvalidRequest` for an unknown precision. Raise `ModelUnavailable`, with the numbers and a fix, if the
@@ -150,11 +150,13 @@ class _Attempt:
 
     @property
     def is_llama_on_cpu(self) -> bool:
-        """Return whether `helpers.llama` will run the model. Of a model that must be downloaded, that is not known."""
+        """Return whether `helpers.llama` will run the model. It is not known for a model that must be downloaded."""
         if self.device != "cpu" or self.model in KNOWN_PARAMETERS:
             return self.device == "cpu"
-        folder = local_folder(self.model) or snapshot_folder(self.model)
-        return folder is not None and is_llama_family(read_json(folder / "config.json"))
+        folder = local_folder(self.model) or cached_folder(self.model)
+        if folder is None or not is_llama_family(read_json(folder / "config.json")):
+            return False
+        return bool(safetensors_files(folder))
 
     def candidates(self) -> list[str]:
         """Return the precisions to try, the preferred one first."""
@@ -166,7 +168,9 @@ class _Attempt:
                 )
             return [self.precision]
         if self.device == "cpu":
-            return self._possible(*dict.fromkeys([*(["int8"] if self.is_llama_on_cpu else []), *PRECISIONS]))
+            return self._possible(
+                *dict.fromkeys([*(["int8"] if self.here.fast_int8 and self.is_llama_on_cpu else []), *PRECISIONS])
+            )
         exact = "bf16" if self.here.gpu and self.here.gpu.bf16 else "fp32"
         return self._possible(*(["int8", "nf4", exact] if self.model == LLAMA2 else [exact, "int8", "nf4"]))
 

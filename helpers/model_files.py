@@ -51,7 +51,7 @@ def is_llama_family(config: Mapping[str, Any]) -> bool:
     window = config.get("sliding_window", 4096 if kind == "mistral" else None)
     return (
         kind in ("llama", "mistral", "qwen2", "qwen3")
-        and CONTEXT_LENGTH in config
+        and bool(config.get(CONTEXT_LENGTH))
         and (kind == "llama" or "num_key_value_heads" in config)  # the default depends on the kind
         and (kind != "qwen3" or "head_dim" in config)
         and config.get("hidden_act", "silu") == "silu"
@@ -201,6 +201,12 @@ def _download_again(path: Path) -> str:
     """Return how to download a file or folder again. Hugging Face's cache would reuse a damaged file."""
     cached = next((folder for folder in (path, *path.parents) if folder.name.startswith("models--")), None)
     return f"Delete the folder {cached}, and start again." if cached else "Download the model again."
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """Return the model's weight files, or [] if they are not safetensors. Raise what `weight_files` raises."""
+    files = weight_files(folder)
+    return files if all(file.suffix == ".safetensors" for file in files) else []
 
 
 def weight_files(folder: Path) -> list[Path]:

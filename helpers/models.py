@@ -33,6 +33,7 @@ from .model_files import (
     missing_weights,
     read_json,
     require_download_folder,
+    safetensors_files,
     snapshot_folder,
 )
 
@@ -184,12 +185,15 @@ def _llama_files(choice: Choice, source: str, config: dict[str, Any]) -> list[st
     """Return the safetensors files for `helpers.llama`, or [] if it cannot run the choice. Download them if needed."""
     if choice.device != "cpu" or choice.precision not in ("fp32", "int8") or not is_llama_family(config):
         return []
+    if Path(source).is_dir():
+        return [str(file) for file in safetensors_files(Path(source))]
+    if file := _path_of(source, "model.safetensors"):
+        return [file]
     if index := _path_of(source, "model.safetensors.index.json"):
         from transformers.utils.hub import get_checkpoint_shard_files
 
         return list(get_checkpoint_shard_files(source, index)[0])
-    file = _path_of(source, "model.safetensors")
-    return [file] if file else []
+    return []
 
 
 def _load_llama(config: Any, files: list[str], precision: str) -> PackedModel:
@@ -315,7 +319,8 @@ def _precision_options(precision: str) -> dict[str, Any]:
     narrow = torch.bfloat16
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         narrow = torch.float16  # GPUs before Ampere, such as a T4, only emulate bfloat16
-    if precision == "int8":  # bitsandbytes multiplies in float16, whatever the type of the model
-        return {"dtype": torch.float16, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=narrow)
+    if precision == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=narrow)
     return {"dtype": narrow, "quantization_config": quantization}

@@ -94,7 +94,8 @@ def _cell(text: str) -> str:
 def memory(here: Machine) -> Picture:
     """Draw a bar for each size of Llama 2 at bf16, int8 and nf4, in GB, and a line at the memory that is free.
 
-    The line shows the memory of the GPU, or RAM if `here` has no GPU.
+    The bars are for a GPU: on a CPU, int8 needs more, see `helpers.memory.memory_needed`. The line shows the memory of
+    the GPU, or RAM if `here` has no GPU.
     """
     free = here.gpu.free if here.gpu else here.ram_available
     fits: dict[str, Any] = {"facecolor": BLUE, "edgecolor": BLUE}

@@ -149,7 +149,7 @@ class Scheduler:
 
 
 def _share_budget(prefill: list[Chunk]) -> list[Chunk]:
-    """Cut the chunks, at whole blocks, so that together they fit the prefill budget. Some may get nothing.
+    """Cut the chunks, at whole blocks, so that together they fit the prefill budget. A chunk that gets no block waits.
 
     The oldest sequence gets half of the budget, and the others get the rest, the shortest prompt first. So a long
     prompt does not hold up a short one behind it.

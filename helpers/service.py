@@ -207,7 +207,7 @@ class Service:
 
     def _failure(self) -> HelpersError:
         lines = [line for line in self.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-        if self._process.returncode == -getattr(signal, "SIGKILL", 0):  # not on Windows
+        if hasattr(signal, "SIGKILL") and self._process.returncode == -signal.SIGKILL:  # not on Windows
             return ServiceUnavailable(
                 "The service was killed, perhaps because memory ran out. Close other programs and start it again."
             )

@@ -309,6 +309,36 @@ def test_a_missing_tensor_is_refused_with_its_name(saved: Any, tmp_path: Path, k
         shutil.copy(saved(kind)[1] / "model.safetensors", folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "tensor"),
+    [
+        ("num_key_value_heads", 4, "model.layers.0.self_attn.k_proj.weight"),
+        ("intermediate_size", 32, "model.layers.0.mlp.gate_proj.weight"),
+        ("vocab_size", VOCABULARY + 1, "model.embed_tokens.weight"),
+        ("hidden_size", 64, "model.embed_tokens.weight"),
+    ],
+)
+def test_a_shape_that_the_configuration_does_not_give_is_refused(
+    saved: Any, tmp_path: Path, key: str, value: int, tensor: str
+) -> None:
+    folder = Path(shutil.copytree(saved("Llama")[1], tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value, "head_dim": 8}))
+    with pytest.raises(ModelUnavailable, match=rf"^The model's tensor {tensor} has the shape \("):
+        lean(folder)
+
+
+def test_a_head_in_the_file_wins_over_tied_embeddings(torch: Any, saved: Any, tmp_path: Path) -> None:
+    """As in transformers 5."""
+    folder = Path(shutil.copytree(saved("tied embeddings")[1], tmp_path / "copy"))
+    ids = [3, 1, 4, 1, 5]
+    before = logits_of_every_token(lean(folder), ids)
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": -weights["model.embed_tokens.weight"]}))
+    assert_close(logits_of_every_token(lean(folder), ids), -before)
+    change_weights(folder, lambda weights: weights.pop("model.embed_tokens.weight"))
+    assert logits_of_every_token(lean(folder), ids).isfinite().all()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(
     "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]

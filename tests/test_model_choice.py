@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -166,6 +167,12 @@ def test_the_llama_family_runs_at_int8_on_a_cpu(tmp_path: Path, kind: str, quant
     model, here = folder_of(kind, tmp_path / "model"), without_gpu(16, quantises=quantises)
     assert choose(model, machine=here).precision == choose(model, "int8", machine=here).precision == "int8"
     assert choose(model, "fp32", machine=here).precision == "fp32"
+
+
+def test_int8_must_be_named_on_a_cpu_that_is_not_an_x86(tmp_path: Path) -> None:
+    model, here = folder_of("llama", tmp_path / "model"), replace(without_gpu(16), fast_int8=False)
+    assert choose(model, machine=here).precision == choose(BUNDLED, machine=here).precision == "fp32"
+    assert choose(model, "int8", machine=here).precision == "int8"
 
 
 @pytest.mark.parametrize("quantises", [True, False])
