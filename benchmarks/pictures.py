@@ -39,7 +39,7 @@ def draw_rates(runs: Runs, file: Path) -> None:
         axes.set_xticks(ticks := sorted({n for _, n in runs}), map(str, ticks))
         axes.set(title=precision, xlabel="clients at once", ylabel="tokens/s of all clients together")
         _finish(axes)
-    panels[0].set_ylim(0)  # last, because all panels share it
+    axes.set_ylim(0)  # last, because all panels share it
     figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
