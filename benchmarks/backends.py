@@ -158,17 +158,17 @@ class Server(Backend):
                         return
 
         with ThreadPoolExecutor(len(running)) as threads:
-            readers = [threads.submit(read, *pair) for pair in zip(running, all_times, strict=True)]
+            answers = [threads.submit(read, *pair) for pair in zip(running, all_times, strict=True)]
             try:
-                while min(map(len, all_times)) < after and not any(reader.done() for reader in readers):
+                while min(map(len, all_times)) < after and not any(answer.done() for answer in answers):
                     time.sleep(0.005)
                 asked, answered = time.perf_counter(), None
                 for _ in self.stream(prompt, 1):
                     answered = time.perf_counter()
             finally:
                 stop.set()
-        for reader in readers:
-            reader.result()
+        for answer in answers:
+            answer.result()
         if answered is None:
             raise SystemExit(f"{self.row} gave no token after a long prompt.")
         gaps = [(new, new - old) for times in all_times for old, new in zip(times, times[1:], strict=False)]

@@ -5,7 +5,6 @@ that use Jina's own client. DocArray imports torch, which a client does not need
 """
 
 # No `from __future__ import annotations`, and Optional instead of `| None`: Jina and DocArray read the annotations.
-# ruff: noqa: UP006, UP035, UP045
 from typing import Any, Dict, List, Optional
 
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator

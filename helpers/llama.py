@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from .errors import ModelUnavailable
 from .kv_cache import BLOCK, KVCache
 from .linear import Fp32Linear, Int8Linear
-from .model_files import missing_weights
-from .packed import Chunk, forward_packed, require_finite
+from .model_files import missing_weights, rope_of
+from .packed import Chunk, forward_packed, last_tokens, positions_of, require_finite
 
 Linear = Fp32Linear | Int8Linear
 
@@ -63,12 +63,40 @@ class Llama:
             head = EMBEDDINGS
         elif config.get("tie_word_embeddings") and EMBEDDINGS not in weights:
             embeddings = HEAD
-        weights.require(_tensor_shapes(config, self._head_size, embeddings, head))
+        weights.require(self._tensor_shapes(config, embeddings, head))
         self._embeddings, self._norm = weights[embeddings], weights["model.norm.weight"].float()
         with ThreadPoolExecutor(2, "pack-weights") as pool:  # FBGEMM packs a matrix with one thread
             loading_head = pool.submit(self._load_head, weights[head])
             self._layers = list(pool.map(lambda n: self._load_layer(weights, n), range(config["num_hidden_layers"])))
             self._head = loading_head.result()
+
+    def _tensor_shapes(self, config: Mapping[str, Any], embeddings: str, head: str) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that the model must have, and their shapes."""
+        kind, bias, mlp_bias = config["model_type"], bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+        hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+        q, k = self._heads * self._head_size, self._kv_heads * self._head_size
+        linear = {  # outputs, inputs, and whether there is a bias
+            "self_attn.q_proj": (q, hidden, bias or kind == "qwen2"),
+            "self_attn.k_proj": (k, hidden, bias or kind == "qwen2"),
+            "self_attn.v_proj": (k, hidden, bias or kind == "qwen2"),
+            "self_attn.o_proj": (hidden, q, bias),
+            "mlp.gate_proj": (inner, hidden, mlp_bias),
+            "mlp.up_proj": (inner, hidden, mlp_bias),
+            "mlp.down_proj": (hidden, inner, mlp_bias),
+        }
+        in_layer: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ["input_layernorm.weight", "post_attention_layernorm.weight"], (hidden,)
+        )
+        if kind == "qwen3":
+            in_layer |= {"self_attn.q_norm.weight": (self._head_size,), "self_attn.k_norm.weight": (self._head_size,)}
+        for name, (outputs, inputs, has_bias) in linear.items():
+            in_layer[f"{name}.weight"] = (outputs, inputs)
+            if has_bias:
+                in_layer[f"{name}.bias"] = (outputs,)
+        shapes = {embeddings: (vocabulary, hidden), head: (vocabulary, hidden), "model.norm.weight": (hidden,)}
+        for n in range(config["num_hidden_layers"]):
+            shapes |= {f"model.layers.{n}.{name}": shape for name, shape in in_layer.items()}
+        return shapes
 
     def _load_head(self, weight: Tensor) -> Linear:
         return Int8Linear(weight, digits=2) if self.precision == "int8" else Fp32Linear(weight, prepack=True)
@@ -131,8 +159,7 @@ class Llama:
 
     def logits(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return the logits after the last token of each chunk, (chunks, vocabulary)."""
-        hidden = self.hidden_states(ids, chunks)
-        return self.logits_of(hidden[torch.tensor([chunk.n for chunk in chunks]).cumsum(0) - 1])
+        return self.logits_of(self.hidden_states(ids, chunks)[last_tokens(chunks)])
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Return the logits for hidden states, (tokens, hidden size)."""
@@ -140,8 +167,7 @@ class Llama:
 
     def hidden_states(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return what the layers make of all tokens, (tokens, hidden size)."""
-        positions = torch.tensor([position for chunk in chunks for position in chunk.positions])
-        angles = torch.outer(positions.float(), self._frequencies)
+        angles = torch.outer(positions_of(chunks).float(), self._frequencies)
         rotation = torch.polar(torch.full_like(angles, self._magnitude), angles)[:, None]
         hidden = self._embeddings[ids].float()
         blocks = [_blocks(chunk, self._heads // self._kv_heads) for chunk in chunks]
@@ -218,8 +244,7 @@ def _blocks(chunk: Chunk, group: int) -> list[_Block]:
 
 def _rotary_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[Tensor, float]:
     """Return the angle by which each position rotates a pair further, (head size / 2,), and a factor for the result."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, rope = rope_of(config)
     if kind == "default":
         theta = rope.get("rope_theta") or config.get("rope_theta", 10_000.0)
         return theta ** (torch.arange(0, head_size, 2) / -head_size), 1.0
@@ -227,36 +252,6 @@ def _rotary_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[Tens
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     return ROPE_INIT_FUNCTIONS[kind](AutoConfig.for_model(**config), torch.device("cpu"))
-
-
-def _tensor_shapes(config: Mapping[str, Any], head_size: int, embeddings: str, head: str) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that the model must have, and their shapes."""
-    kind, bias, mlp_bias = config["model_type"], bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    q = config["num_attention_heads"] * head_size
-    k = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head_size
-    linear = {  # outputs, inputs, and whether there is a bias
-        "self_attn.q_proj": (q, hidden, bias or kind == "qwen2"),
-        "self_attn.k_proj": (k, hidden, bias or kind == "qwen2"),
-        "self_attn.v_proj": (k, hidden, bias or kind == "qwen2"),
-        "self_attn.o_proj": (hidden, q, bias),
-        "mlp.gate_proj": (inner, hidden, mlp_bias),
-        "mlp.up_proj": (inner, hidden, mlp_bias),
-        "mlp.down_proj": (hidden, inner, mlp_bias),
-    }
-    in_layer: dict[str, tuple[int, ...]] = dict.fromkeys(
-        ["input_layernorm.weight", "post_attention_layernorm.weight"], (hidden,)
-    )
-    if kind == "qwen3":
-        in_layer |= {"self_attn.q_norm.weight": (head_size,), "self_attn.k_norm.weight": (head_size,)}
-    for name, (outputs, inputs, has_bias) in linear.items():
-        in_layer[f"{name}.weight"] = (outputs, inputs)
-        if has_bias:
-            in_layer[f"{name}.bias"] = (outputs,)
-    shapes = {embeddings: (vocabulary, hidden), head: (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    for n in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in in_layer.items()}
-    return shapes
 
 
 class _Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .bundled import bundled_gguf
 from .catalog import BUNDLED, INSTALL, KNOWN_PARAMETERS, LLAMA2, OR_BUNDLED
@@ -148,7 +149,7 @@ class _Attempt:
         gpu = self.here.gpu
         return gpu.free if gpu and self.device == "cuda" else self.here.ram_available
 
-    @property
+    @cached_property  # it reads the model's files
     def is_llama_on_cpu(self) -> bool:
         """Return whether `helpers.llama` will run the model. It is not known for a model that must be downloaded."""
         if self.device != "cpu" or self.model in KNOWN_PARAMETERS:
@@ -168,9 +169,8 @@ class _Attempt:
                 )
             return [self.precision]
         if self.device == "cpu":
-            return self._possible(
-                *dict.fromkeys([*(["int8"] if self.here.fast_int8 and self.is_llama_on_cpu else []), *PRECISIONS])
-            )
+            preferred = ["int8"] if self.here.fast_int8 and self.is_llama_on_cpu else []
+            return self._possible(*dict.fromkeys([*preferred, *PRECISIONS]))
         exact = "bf16" if self.here.gpu and self.here.gpu.bf16 else "fp32"
         return self._possible(*(["int8", "nf4", exact] if self.model == LLAMA2 else [exact, "int8", "nf4"]))
 

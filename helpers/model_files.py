@@ -46,7 +46,7 @@ CONTEXT_LENGTH = "max_position_embeddings"
 
 def is_llama_family(config: Mapping[str, Any]) -> bool:
     """Return whether `helpers.llama` can run a model with `config`, the content of its config.json."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_kind, rope = rope_of(config)
     kind = config.get("model_type")
     window = config.get("sliding_window", 4096 if kind == "mistral" else None)
     return (
@@ -55,11 +55,17 @@ def is_llama_family(config: Mapping[str, Any]) -> bool:
         and (kind == "llama" or "num_key_value_heads" in config)  # the default depends on the kind
         and (kind != "qwen3" or "head_dim" in config)
         and config.get("hidden_act", "silu") == "silu"
-        and (rope.get("rope_type") or rope.get("type") or "default") in ("default", "linear", "llama3", "yarn")
+        and rope_kind in ("default", "linear", "llama3", "yarn")
         and rope.get("partial_rotary_factor", 1) == 1
         and not (window and config.get("use_sliding_window", True))
         and not config.get("quantization_config")
     )
+
+
+def rope_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the kind of a model's rotary embedding and its parameters, which older files write in another way."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type") or "default", rope
 
 
 def missing_weights(names: Sequence[str]) -> ModelUnavailable:

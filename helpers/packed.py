@@ -72,6 +72,16 @@ class Chunk:
         return self._masks[key]
 
 
+def positions_of(chunks: Sequence[Chunk]) -> Tensor:
+    """Return the positions of all tokens in their sequences, (tokens,)."""
+    return torch.tensor([position for chunk in chunks for position in chunk.positions])
+
+
+def last_tokens(chunks: Sequence[Chunk]) -> Tensor:
+    """Return the index of each chunk's last token among all tokens, (chunks,)."""
+    return torch.tensor([chunk.n for chunk in chunks]).cumsum(0) - 1
+
+
 @torch.inference_mode()
 def forward_packed(model: PackedModel, batch: Sequence[tuple[KVCache, Ids]]) -> tuple[Tensor, list[int | None]]:
     """Run the model once: each sequence reads its next ids, one or more, after those that its KV cache holds.

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import ModelUnavailable
 from .kv_cache import KVCache
 from .linear import Fp32Linear
-from .packed import Chunk, forward_packed, require_finite
+from .packed import Chunk, forward_packed, last_tokens, positions_of, require_finite
 
 
 class TransformersModel:
@@ -60,11 +60,10 @@ class TransformersModel:
     def logits(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return the logits after the last token of each chunk, (chunks, vocabulary)."""
         device = self.model.device
-        positions = [position for chunk in chunks for position in chunk.positions]
         output = self.model(
             input_ids=ids[None].to(device),
-            position_ids=torch.tensor([positions], device=device),
-            logits_to_keep=torch.tensor([chunk.n for chunk in chunks]).cumsum(0) - 1,
+            position_ids=positions_of(chunks)[None].to(device),
+            logits_to_keep=last_tokens(chunks),
             use_cache=False,
             chunks=chunks,
         )
