@@ -194,19 +194,19 @@ class Llama:
         `heads`: q, k and v of all tokens, (1, heads of q, k and v, tokens, head size). Several heads of q share one of
         k and v: they attend as if they were several tokens of one head.
         """
-        sizes = [block.n for blocks_of_chunk in blocks for block in blocks_of_chunk]
         queries, keys_and_values = heads.split([self._heads, 2 * self._kv_heads], dim=1)
         new = iter(keys_and_values.split([chunk.n for chunk in chunks], dim=2))
-        query = iter(queries.split(sizes, dim=2))
+        query = iter(queries.split([block.n for blocks_of_chunk in blocks for block in blocks_of_chunk], dim=2))
         outputs = []
         for chunk, blocks_of_chunk in zip(chunks, blocks, strict=True):
             stored = chunk.cache.append(layer, next(new))
             for block in blocks_of_chunk:
-                keys, values = stored.narrow(2, 0, block.end).chunk(2, dim=1)
+                visible = stored if block is blocks_of_chunk[-1] else stored.narrow(2, 0, block.end)
                 q = next(query).reshape(1, self._kv_heads, -1, self._head_size)
-                attended = scaled_dot_product_attention(q, keys, values, block.mask)
-                rows = attended.view(1, self._heads, block.n, -1).transpose(1, 2)
-                outputs.append(rows.reshape(block.n, -1))
+                attended = scaled_dot_product_attention(q, *visible.chunk(2, dim=1), block.mask)
+                if block.n > 1:
+                    attended = attended.view(1, self._heads, block.n, -1).transpose(1, 2)
+                outputs.append(attended.reshape(block.n, -1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
