@@ -202,8 +202,9 @@ class Llama:
             stored = chunk.cache.append(layer, next(new))
             for block in blocks_of_chunk:
                 visible = stored if block is blocks_of_chunk[-1] else stored.narrow(2, 0, block.end)
+                keys, values = visible.chunk(2, dim=1)
                 q = next(query).reshape(1, self._kv_heads, -1, self._head_size)
-                attended = scaled_dot_product_attention(q, *visible.chunk(2, dim=1), block.mask)
+                attended = scaled_dot_product_attention(q, keys, values, block.mask)
                 if block.n > 1:
                     attended = attended.view(1, self._heads, block.n, -1).transpose(1, 2)
                 outputs.append(attended.reshape(block.n, -1))
