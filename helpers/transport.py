@@ -19,13 +19,13 @@ from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from grpc import RpcError
+from grpc import RpcError, StatusCode
 from pydantic import BaseModel
 
 from .addresses import bypasses_proxy, host_to_ask, join
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable
 from .options import check_port
-from .wire import dry_run, open_channel, read_fields, write_request
+from .wire import dry_run, open_channel, read_fields, status, write_request
 from .wire import stream as stream_replies
 
 Fields = TypeVar("Fields", bound=BaseModel)
@@ -252,9 +252,15 @@ def _close_channels() -> None:
 
 
 def is_ready(host: str, port: int) -> bool:
-    """Return whether a service behind Jina's gateway answers: the gateway and the executor behind it."""
+    """Return whether a service of Jina answers: an executor, or a gateway and the executor behind it."""
     try:
         with _open_channel(host_to_ask(host), port) as channel:
-            return dry_run(channel, seconds=2)
+            try:
+                return dry_run(channel, seconds=2)
+            except RpcError as error:
+                if error.code() != StatusCode.UNIMPLEMENTED:
+                    return False
+            status(channel, seconds=2)  # without a gateway, the executor listens when it is ready
+            return True
     except RpcError:
         return False

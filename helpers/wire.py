@@ -134,6 +134,12 @@ def dry_run(channel: grpc.Channel, seconds: float) -> bool:
     return bool(call(None, timeout=seconds).code == 0)
 
 
+def status(channel: grpc.Channel, seconds: float) -> None:
+    """Ask an executor, or a gateway, for its status. Raise `grpc.RpcError` if neither is there."""
+    call = channel.unary_unary("/jina.JinaInfoRPC/_status")
+    call(b"", timeout=seconds)
+
+
 def open_channel(address: str, options: dict[str, Any] | None = None) -> grpc.Channel:
     """Return a gRPC channel, with the options of Jina's client and `options`.
 

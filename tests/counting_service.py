@@ -1,6 +1,6 @@
 """A service as a user writes one after the article: an Executor that streams numbers.
 
-python counting_service.py --port N
+python counting_service.py --port N [--no-gateway]
 """
 
 import argparse
@@ -23,6 +23,8 @@ class Counting(Executor):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
+    parser.add_argument("--no-gateway", dest="gateway", action="store_false")
     print("Loading, in a line without an end: ", end="", flush=True)
-    with Deployment(uses=Counting, port=parser.parse_args().port, protocol="grpc") as dep:
+    arguments = parser.parse_args()
+    with Deployment(uses=Counting, port=arguments.port, protocol="grpc", include_gateway=arguments.gateway) as dep:
         dep.block()

@@ -282,6 +282,16 @@ def test_a_users_script_is_served_and_leaves_nothing() -> None:
     assert not service.log.parent.exists()
 
 
+def test_a_users_script_needs_no_gateway() -> None:
+    port = port_to_listen_on("127.0.0.1", 0)
+    service = serve_script(TESTS / "counting_service.py", "--p", str(port), "--no-gateway", port=port)
+    family = psutil.Process(service.pid).children(recursive=True)
+    assert is_ready(host="127.0.0.1", port=port)
+    service.stop()
+    until_ended(family)
+    assert is_free(port)
+
+
 def test_a_script_that_ends_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package")
     with pytest.raises(ServiceUnavailable, match="before it was ready(.|\n)*No module named 'no_such_package'"):
