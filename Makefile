@@ -6,12 +6,13 @@
 #   make lab LAB_ARGS="--no-browser"    further arguments for JupyterLab
 #   make notebooks NOTEBOOKS=FILE       only this notebook
 #   make bench BENCH_ARGS="--quick"     further arguments for the benchmark
+#   make media MEDIA="diagrams embed"   only these pictures
 #   make links REPO=owner/name          the repository's new address on GitHub
 #   make constraints UPGRADE="--upgrade-package NAME"
 
 DEV = "$${PYTHON:-python3}" scripts/dev.py $${PYTHON:+--python "$$PYTHON"} $${TORCH_INDEX:+--torch-index "$$TORCH_INDEX"}
 
-.PHONY: help demo test-fast test test-all lab notebooks bench links colab constraints
+.PHONY: help demo test-fast test test-all lab notebooks bench media links colab constraints
 
 help: ## List the tasks.
 	@$(DEV) help
@@ -29,6 +30,8 @@ notebooks: ## Run the notebooks, or those that you name, from top to bottom, and
 	@$(DEV) notebooks $(NOTEBOOKS)
 bench: ## Compare this service's speed with others, on this machine.
 	@$(DEV) bench $(BENCH_ARGS)
+media: ## Record the README's animation and the chat box, and draw the lessons' diagrams (needs Chromium).
+	@$(DEV) media $(MEDIA)
 links: ## Point badges, notebooks and docs to the repository OWNER/NAME.
 	@$(DEV) links "$$REPO"
 colab: ## Rebuild Colab's environment here, and run the notebooks in it (needs uv and 20 GB).

@@ -6,6 +6,8 @@ Use only the standard library and syntax of Python 3.7, so that an old Python re
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import json
 import os
 import re
@@ -20,6 +22,10 @@ from environment import Environment
 ROOT = Path(__file__).resolve().parents[1]
 TEST_EXTRAS = ("model", "lab", "bench", "test")
 ALL_TESTS = ("--nbval", "--nbval-current-env", "tests", "notebooks")
+IMAGES = Path("notebooks/images")
+
+# A link to a picture as an author writes it, or a copy of the picture, as it is stored.
+PICTURE = re.compile(r'!\[([^]]+)]\(images/(\w+)\.\w+\)|<img alt="([^"]*)" data-file="(\w+)" [^>]*>')
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -77,12 +83,17 @@ def notebooks(options: argparse.Namespace) -> None:
     for path in options.words or sorted(map(str, Path("notebooks").glob("**/[!.]*.ipynb"))):
         run(*execute, path)
         tidied = tidy(json.loads(Path(path).read_text("utf-8")))
-        Path(path).write_bytes(notebook_bytes(tidied))
+        Path(path).write_bytes(notebook_bytes(embed_pictures(tidied, IMAGES)))
 
 
 def bench(options: argparse.Namespace) -> None:
     """Compare this service's speed with others, on this machine."""
     become(set_up(options, "model", "bench"), "benchmarks/bench.py", *options.words)
+
+
+def media(options: argparse.Namespace) -> None:
+    """Record the README's animation and the chat box, and draw the lessons' diagrams (needs Chromium)."""
+    become(set_up(options, *TEST_EXTRAS), "scripts/media.py", *options.words)
 
 
 def links(options: argparse.Namespace) -> None:
@@ -118,6 +129,7 @@ TASKS = {
     "lab": lab,
     "notebooks": notebooks,
     "bench": bench,
+    "media": media,
     "links": links,
     "colab": colab,
     "constraints": constraints,
@@ -185,6 +197,25 @@ def tidy(notebook: dict) -> dict:
                 outputs.append(output)
         if cell["cell_type"] == "code":
             cell["outputs"] = outputs
+    return notebook
+
+
+def embed_pictures(notebook: dict, folder: Path) -> dict:
+    """Return the notebook with a copy of each picture of `folder` in its text: the PNG file NAME.png for images/NAME.
+
+    Colab shows no attachments, and loses linked files when a user saves a copy. GitHub shows no SVG in notebooks.
+    """
+
+    def copy(found: re.Match) -> str:
+        alt, name = (html.escape(found[1]), found[2]) if found[1] else (found[3], found[4])
+        content = (folder / f"{name}.png").read_bytes()
+        width = int.from_bytes(content[16:20], "big") // 2  # two pixels per dot
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        return f'<img alt="{alt}" data-file="{name}" width="{width}" src="{source}">'
+
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = PICTURE.sub(copy, "".join(cell["source"])).splitlines(keepends=True)
     return notebook
 
 

@@ -40,7 +40,7 @@ def pins(environment: dict[str, str] | None = None) -> dict[str, str]:
 def imports(folder: str) -> dict[str, str]:
     """Return the top-level names of other projects that a folder's code imports → a file that does."""
     files = sorted((ROOT / folder).rglob("*.py"))
-    scripts = (path.stem for path in (ROOT / "scripts").glob("*.py"))
+    scripts = (path.stem for folder in ("scripts", "tests") for path in (ROOT / folder).glob("*.py"))
     # tomllib: in the standard library since Python 3.11; older ones use tomli
     ours = {"helpers", "tests", "install", "rebuild", "tomllib", *scripts, *(path.stem for path in files)}
     found: dict[str, str] = {}

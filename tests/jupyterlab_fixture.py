@@ -13,6 +13,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,25 +174,39 @@ class JupyterLab:
 def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]:
     """Start JupyterLab and a browser for a module. An event loop runs meanwhile, so `asyncio.run` would raise."""
     pytest.importorskip("jupyterlab", reason=INSTALL)
-    playwright = pytest.importorskip("playwright.sync_api", reason=INSTALL)
-    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))
-    with playwright.sync_playwright() as driver:
-        program = next(filter(None, programs), driver.chromium.executable_path)
-        if not Path(program).exists():
-            pytest.skip(NO_BROWSER)
-        home = tmp_path_factory.mktemp("jupyterlab")
+    pytest.importorskip("playwright.sync_api", reason=INSTALL)
+    with running_jupyterlab(tmp_path_factory.mktemp("jupyterlab")) as started:
+        yield started
+
+
+@contextmanager
+def running_jupyterlab(home: Path, **options: Any) -> Iterator[JupyterLab]:
+    """Start JupyterLab with its files in `home`, and a browser whose context has these options of Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        program = chromium_in(driver)
         token, port = secrets.token_hex(), port_to_listen_on("127.0.0.1", 0)
         server = start_server(home, token, port)
         try:
             server.wait_for("is running at")
             chromium = driver.chromium.launch(executable_path=program)
-            browser = chromium.new_context()
+            browser = chromium.new_context(**options)
             browser.set_default_timeout(LIMIT)
             log_in(browser, f"http://127.0.0.1:{port}", token)
             yield JupyterLab(browser, f"http://127.0.0.1:{port}", home / "notebooks")
             chromium.close()
         finally:
             stop_server(server)
+
+
+def chromium_in(driver: Any) -> str:
+    """Return the path of a Chromium: the system's, or Playwright's. Skip the test if there is neither."""
+    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))
+    program = next(filter(None, programs), driver.chromium.executable_path)
+    if not Path(program).exists():
+        pytest.skip(NO_BROWSER)
+    return program
 
 
 def start_server(home: Path, token: str, port: int) -> Program:

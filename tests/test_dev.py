@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import os
 import re
@@ -145,6 +146,7 @@ def test_the_demo_asks_the_articles_question_whatever_stdin_is(stdin: str) -> No
         ("demo", ["-m", "helpers", "ask"], {"model"}),
         ("lab", ["-m", "jupyterlab"], {"model", "lab"}),
         ("bench", ["benchmarks/bench.py"], {"model", "bench"}),
+        ("media", ["scripts/media.py"], set(EXTRAS)),
     ],
 )
 def test_a_task_installs_what_it_needs_and_passes_words_on(
@@ -269,7 +271,38 @@ def test_outputs_are_tidied(outputs: list[dict[str, Any]], tidied: list[dict[str
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_stored_notebook_is_tidy_and_written_as_nbformat_writes_it(notebook: Path) -> None:
     content = notebook.read_bytes()
-    assert dev.notebook_bytes(dev.tidy(json.loads(content))) == content
+    assert dev.notebook_bytes(dev.embed_pictures(dev.tidy(json.loads(content)), ROOT / dev.IMAGES)) == content
+
+
+def png(width: int) -> bytes:
+    """Return the beginning of a PNG file that is so many pixels wide."""
+    return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + width.to_bytes(4, "big")
+
+
+def test_a_link_to_a_picture_becomes_a_copy_which_follows_the_file(tmp_path: Path) -> None:
+    (tmp_path / "cache.png").write_bytes(png(width=1520))
+    link = '![A "cache" & more.](images/cache.svg)'
+    text = {"cell_type": "markdown", "source": ["Before.\n", "\n", link, " after, and ![a badge](https://a.b/c.svg)"]}
+    notebook = {"cells": [text, {"cell_type": "code", "source": [f"# {link}"], "outputs": []}]}
+
+    first, code = dev.embed_pictures(notebook, tmp_path)["cells"]
+    (image,) = re.findall(r"<img [^>]*>", first["source"][2])
+    content = base64.b64encode(png(width=1520)).decode()
+    assert 'alt="A &quot;cache&quot; &amp; more."' in image and 'width="760"' in image
+    assert f'src="data:image/png;base64,{content}"' in image
+    assert first["source"] == ["Before.\n", "\n", f"{image} after, and ![a badge](https://a.b/c.svg)"]
+    assert code["source"] == [f"# {link}"]
+
+    (tmp_path / "cache.png").write_bytes(png(width=800))
+    again = dev.embed_pictures(notebook, tmp_path)["cells"][0]["source"][2]
+    changed = image.replace(content, base64.b64encode(png(width=800)).decode()).replace('"760"', '"400"')
+    assert again == f"{changed} after, and ![a badge](https://a.b/c.svg)"
+
+
+def test_a_link_to_a_missing_picture_is_an_error(tmp_path: Path) -> None:
+    cell = {"cell_type": "markdown", "source": ["![Alt.](images/missing.svg)"]}
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        dev.embed_pictures({"cells": [cell]}, tmp_path)
 
 
 # ---- Stamp links
