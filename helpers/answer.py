@@ -39,7 +39,7 @@ class Answer:
       ``cancelled`` (by the client) or ``error``. None until the answer ends.
     - ``error``: ``"ClassName: what happened and what to do"``, if the answer failed.
     - ``prompt_tokens``, ``completion_tokens``: the usage. ``prompt_tokens`` is None before the first token.
-    - ``dropped_turns``: how many of the oldest turns of the dialog were left out to fit the context window.
+    - ``dropped_turns``: how many of the oldest turns of the dialog were dropped to fit the context window.
     - ``time_to_first_token``, ``seconds``: the seconds from the request to the first and to the latest token.
 
     `on_start` is called when the iteration begins, and may raise to prevent it. `on_end` is called when

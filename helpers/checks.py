@@ -107,11 +107,11 @@ def _check_token(token: Token | None, hub: HubAccess) -> list[CheckResult]:
         if hub.licence is Licence.NO_TOKEN:
             fix = f"Ask for access at https://huggingface.co/{LLAMA2} once you have a token."
             licence = CheckResult(False, "Llama 2's licence", "not known without a token", fix)
-        return [CheckResult(False, "Hugging Face token", "none was found", GET_TOKEN), licence]
+        return [CheckResult(False, "access token", "none was found", GET_TOKEN), licence]
     problem = f", but it {token.problem}" if token.problem else ""
     fix = "See the next row." if hub.fix else "Try again later: Hugging Face limits how often it answers this."
     return [
-        CheckResult(token.usable, "Hugging Face token", f"found: {token.source}{problem}", f"{STORE_AGAIN}."),
+        CheckResult(token.usable, "access token", f"found: {token.source}{problem}", f"{STORE_AGAIN}."),
         CheckResult(hub.user is not None, "account", hub.user or "not known", fix),
         licence,
     ]

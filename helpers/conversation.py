@@ -38,7 +38,7 @@ class Window(NamedTuple):
     """The part of the context window that a conversation takes.
 
     - ``tokens``: the length of the prompt with the shortest possible next question, because a prompt always
-      ends in a question. If it exceeds `size`, the service leaves out the oldest turns.
+      ends in a question. If it exceeds `size`, the service drops the oldest turns.
     - ``size``: the context length of the service.
     """
 
@@ -47,7 +47,7 @@ class Window(NamedTuple):
 
     @property
     def left(self) -> int:
-        """Return how many tokens the next question and its answer may take before the oldest turn is left out."""
+        """Return how many tokens the next question and its answer may take before the oldest turn is dropped."""
         return max(0, self.size - self.tokens)
 
 

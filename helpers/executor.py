@@ -106,7 +106,7 @@ class TokenStreamingExecutor(Executor):
 
     @requests(on="/chat")
     async def chat(self, doc: ChatRequest, **kwargs: Any) -> ModelOutputDocument:
-        """Answer a dialog. If it exceeds the context window, its oldest turns are left out."""
+        """Answer a dialog. If it exceeds the context window, its oldest turns are dropped."""
         async for output in self._answer(doc, self._dialog_ids):
             yield output
 

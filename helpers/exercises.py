@@ -7,6 +7,7 @@ the notebooks, and the solutions are in ``notebooks/solutions/``.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
 from collections.abc import Callable
@@ -72,21 +73,17 @@ def _remembers(extend: Any) -> bool:
     return bool(extend(given, "Good day.", "And you?") == [*so_far, *asked]) and given == so_far
 
 
-def _reads_streams(text_of: Any) -> bool:
-    """Judge exercise 3.3 with a complete stream, a failed one, and two without a last document."""
-    from .schemas import ModelOutputDocument  # takes seconds, and no other exercise needs it
-
-    pieces = [ModelOutputDocument(token_id=n, generated_text=text) for n, text in enumerate(("A", " b"))]
-    end = ModelOutputDocument(token_id=-1, generated_text="c", finish_reason="length")
-    error = "GenerationFailed: no memory"
-    failed = ModelOutputDocument(token_id=-1, generated_text="", finish_reason="error", error=error)
-    for broken in ([*pieces, failed], pieces, []):
-        try:
-            text_of(broken)
-        except RuntimeError:
-            continue
-        return False
-    return bool(text_of([*pieces, end]) == "A bc")
+def _detokenizes(pieces_of: Any) -> bool:
+    """Judge exercise 3.3: every piece must be all that is certain, with characters of one to four bytes."""
+    text = "Bon appétit, 日本 🦙!"
+    raw = text.encode()
+    for size in (1, 2, 3, len(raw)):
+        tokens = [raw[begin : begin + size] for begin in range(0, len(raw), size)]
+        certain = [raw[: end + size].decode(errors="ignore") for end in range(0, len(raw), size)]
+        right = [now[len(before) :] for before, now in itertools.pairwise(["", *certain])]
+        if list(pieces_of([*tokens])) != right:
+            return False
+    return list(pieces_of([])) == []
 
 
 def _explains_itself(messages: Any) -> bool:
@@ -154,6 +151,18 @@ def _finds_unanswered(questions: Any) -> bool:
     return True
 
 
+def _reads_new_tokens(read: Any) -> bool:
+    """Judge exercise 4.5 with prompts that continue, repeat, resemble and differ from earlier ones."""
+    cases: tuple[tuple[list[list[int]], list[int]], ...] = (
+        ([], []),
+        ([[1, 2, 3]], [3]),
+        ([[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]], [3, 2, 1]),
+        ([[1, 2, 3], [7, 2, 3], [1, 2, 3, 4]], [3, 3, 1]),
+        ([[1, 2, 9, 9], [1, 2, 3, 4], [1, 2, 3, 9, 4], [1, 2]], [4, 2, 2, 0]),
+    )
+    return all([*read(copy.deepcopy(prompts))] == right for prompts, right in cases)
+
+
 EXERCISES: dict[str, Exercise] = {
     # --- 01 Access ---
     "1.1": Exercise(
@@ -162,9 +171,9 @@ EXERCISES: dict[str, Exercise] = {
         "memory.PRECISIONS has the bytes of one parameter; 1e9 bytes are 1 GB.",
     ),
     "1.2": Exercise(
-        word("int8"),
-        "It is the most exact one that leaves room for the KV cache too.",
-        "Ask memory.fits, with free=24e9, for each of memory.PRECISIONS, the most exact first.",
+        word("nf4"),
+        "The four caches take more than the weights.",
+        "Add the weights (memory.PRECISIONS), four caches of 2.1 GB and 0.5 GB, for the most exact precision first.",
     ),
     "1.3": Exercise(
         number_near(2 * 40 * 5120 * 2),
@@ -175,6 +184,11 @@ EXERCISES: dict[str, Exercise] = {
         word("b"),
         "A revoked token opens nothing, no matter who has a copy.",
         "Somebody may have copied it already. What makes that copy useless too?",
+    ),
+    "1.5": Exercise(
+        number_near(64**0.25, within=0.01),
+        "The model was as unsure as if it chose among 2.8 equally likely tokens.",
+        "Turn each into 1 / probability. The geometric mean of four numbers is the fourth root of their product.",
     ),
     # --- 02 Prompting ---
     "2.1": Exercise(
@@ -197,6 +211,11 @@ EXERCISES: dict[str, Exercise] = {
         "It holds a tag of the prompt format; the others are plain words, even if they mean harm.",
         "Look for one of prompts.SPECIAL_TAGS.",
     ),
+    "2.5": Exercise(
+        number_near(math.exp(2) / (math.exp(2) + math.exp(1) + math.exp(0)), within=0.005),
+        "Softmax divides e to the logit by the sum over all tokens, so that the probabilities add up to 1.",
+        "Raise e to each of the three logits. What share of their sum does the first one have?",
+    ),
     # --- 03 Streaming ---
     "3.1": Exercise(
         number_near(sum(100 + made for made in range(50))),
@@ -209,14 +228,20 @@ EXERCISES: dict[str, Exercise] = {
         "No token is read twice. How many tokens are in the prompt, and how many come after it?",
     ),
     "3.3": Exercise(
-        _reads_streams,
-        "Only the last document tells a complete answer from one that broke off.",
-        "Look at the last document. Is there one, does it have a finish_reason, and which?",
+        _detokenizes,
+        "Each piece is what the bytes so far add to the text, and never a part of a character.",
+        "Keep the bytes that are not text yet. Can they be decoded together with the next token's, or is the last "
+        "character incomplete? A token may also end one character and begin another. codecs has a decoder for this.",
     ),
     "3.4": Exercise(
         number_near(0.5 + 40 * 0.1, within=0.001),
         "The time to the first token counts once, the inter-token latency for each token after it.",
         "The first token comes after 0.5 s. How many follow, and how long does each take?",
+    ),
+    "3.5": Exercise(
+        number_near(50 * (4 * 0.020 - 0.026), within=0.001),
+        "A batch makes 50 steps, and interleaving 200, each of them only a little shorter.",
+        "How many steps does each way make until the last client has its last token? And how long is a step?",
     ),
     # --- 04 Conversation ---
     "4.1": Exercise(
@@ -242,5 +267,11 @@ EXERCISES: dict[str, Exercise] = {
         "The file says beside the messages, not in them, how an answer ended.",
         "The file has one entry in answers for each message of the user. What does its finish_reason say? "
         "(cancelled means stopped, error means failed; length, cut off by max_tokens, is neither.)",
+    ),
+    "4.5": Exercise(
+        _reads_new_tokens,
+        "One changed token makes everything after it new, even if the rest is the same.",
+        "For each prompt, count how far it equals each earlier one from the start, and take the longest. "
+        "The prompt may also agree with one that is not the latest. The first prompt shares nothing.",
     ),
 }

@@ -89,7 +89,7 @@ class OutputFields(BaseModel):
     Set in the first and the last document, but not in a last document that reports an error:
 
     - ``prompt_tokens``: the length of the prompt.
-    - ``dropped_turns``: how many of the oldest turns of a dialog were left out to fit the context window.
+    - ``dropped_turns``: how many of the oldest turns of a dialog were dropped to fit the context window.
 
     Set only in the last document, which stands for no token (`token_id` is -1):
 

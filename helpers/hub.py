@@ -28,7 +28,7 @@ HUGGING_FACE = "https://huggingface.co"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 STORE_AGAIN = f"Store it again without spaces and quotation marks, or replace it with a new one from {TOKENS_PAGE}"
 GET_TOKEN = (
-    f"Create a token of type Read at {TOKENS_PAGE} and run `hf auth login`, or set HF_TOKEN; "
+    f"Create an access token of type Read at {TOKENS_PAGE} and run `hf auth login`, or set HF_TOKEN; "
     "in Colab, add it as HF_TOKEN in the key panel and grant this notebook access."
 )
 
@@ -38,7 +38,7 @@ _QUOTATION_MARKS = "\"'`\u2018\u2019\u201c\u201d"
 
 @dataclass(frozen=True)
 class Token:
-    """A Hugging Face token. `source` is a noun phrase for the place where it was found.
+    """An access token for Hugging Face. `source` is a noun phrase for the place where it was found.
 
     `repr` and `str` do not show the value. The value is "" if the file that should hold it is not text.
     """
@@ -128,8 +128,8 @@ class Licence(enum.Enum):
         "the authors of {repo} did not give {user} access",
         "Read what https://huggingface.co/{repo} says about your request.",
     )
-    NO_TOKEN = ("no Hugging Face token was found", GET_TOKEN)
-    TOKEN_MALFORMED = ("the Hugging Face token that was found cannot be sent", f"{STORE_AGAIN}.")
+    NO_TOKEN = ("no access token for Hugging Face was found", GET_TOKEN)
+    TOKEN_MALFORMED = ("the access token for Hugging Face that was found cannot be sent", f"{STORE_AGAIN}.")
     TOKEN_REFUSED = (
         "Hugging Face does not accept this token",
         f"Check that it is complete and has not expired, or replace it with a new one from {TOKENS_PAGE}.",

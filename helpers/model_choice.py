@@ -119,7 +119,7 @@ def _require_usable_token(model: str, hub: HubAccess | None) -> None:
     if token and not token.usable:
         raise _CannotRun(
             f"Cannot use {model}",
-            f"the Hugging Face token that was found ({token.source}) {token.problem}",
+            f"the access token for Hugging Face that was found ({token.source}) {token.problem}",
             f"{STORE_AGAIN}, {OR_BUNDLED}",
         )
 

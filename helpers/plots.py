@@ -21,8 +21,7 @@ from matplotlib.patches import Patch
 
 from .catalog import KNOWN_PARAMETERS, LLAMA2
 from .checks import CheckResult, format_table
-from .hardware import Machine
-from .memory import memory_needed
+from .memory import PRECISIONS, memory_needed
 
 BLUE, VERMILLION, BLACK = "#0072B2", "#D55E00", "#000000"
 
@@ -69,6 +68,13 @@ def _drawing(*, width: float, height: float) -> tuple[Figure, Axes]:
 SIZES = {"7B": KNOWN_PARAMETERS[LLAMA2], "13B": 13_015_864_320, "70B": 68_976_648_192}
 """Sizes of Llama 2 → parameters, from the shapes that their ``config.json`` implies."""
 
+CACHES = {"7B": 2 * 32 * 4096, "13B": 2 * 40 * 5120, "70B": 2 * 80 * 1024}
+"""Sizes of Llama 2 → numbers in the KV cache for one token: a key and a value, the layers, and the length of a key.
+In 70B, 8 of 64 heads have their own keys and values (``num_key_value_heads``), of 128 numbers each."""
+
+GPUS = {"T4: 15 GB": 15, "L4, RTX 4090: 24 GB": 24, "A100, H100: 80 GB": 80}
+"""GPUs → GB of memory. A T4 has 16 GB, of which about 15 are free."""
+
 
 class CheckTable:
     """The results of `helpers.checks.check` as a table, with a fix for each that is not ok."""
@@ -91,38 +97,64 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
-def memory(here: Machine) -> Picture:
-    """Draw a bar for each size of Llama 2 at bf16, int8 and nf4, in GB, and a line at the memory that is free.
+def memory() -> Picture:
+    """Draw a bar for each size of Llama 2 at bf16, int8 and nf4, in GB, and lines at the memory of three GPUs.
 
-    The bars are for a GPU: on a CPU, int8 needs more, see `helpers.memory.memory_needed`. The line shows the memory of
-    the GPU, or RAM if `here` has no GPU.
+    A bar has two parts: the weights, and a KV cache for 4,096 tokens in 16 bits with what the libraries need. 70B has a
+    panel and a scale of its own.
     """
-    free = here.gpu.free if here.gpu else here.ram_available
-    fits: dict[str, Any] = {"facecolor": BLUE, "edgecolor": BLUE}
-    too_large: dict[str, Any] = {"facecolor": "white", "edgecolor": VERMILLION, "hatch": "////"}
-    needs = {
-        f"{size} at {precision}": memory_needed(parameters, precision)
-        for size, parameters in SIZES.items()
-        for precision in ("bf16", "int8", "nf4")
-    }
-    labels = [f"{name}: {needed / 1e9:.1f} GB" for name, needed in needs.items()]
-    places = [row + 0.6 * (row // 3) for row in range(len(needs))]  # with a gap between two sizes
-    figure, axes = _drawing(width=8, height=4.5)
-    for place, needed in zip(places, needs.values(), strict=True):
-        axes.barh(place, needed / 1e9, **(fits if needed <= free else too_large))
-    axes.set_yticks(places, labels)
-    axes.tick_params(left=False)
-    axes.invert_yaxis()
-    axes.set(xlabel="GB of memory", xlim=(0, max(165, 1.05 * free / 1e9)))
-    found = f"{free / 1e9:.1f} GB are free here, {'on the GPU' if here.gpu else 'in RAM'}"
-    line = axes.axvline(free / 1e9, color=BLACK, linestyle="--", label=found)
-    legend = [Patch(**fits, label="fits"), Patch(**too_large, label="does not fit"), line]
-    axes.legend(handles=legend, loc="upper right", framealpha=1)
+    figure, axes = _drawing(width=8, height=5.2)
+    axes.remove()
+    small, large = figure.subplots(2, 1, height_ratios=(6, 3))
+    labels = _memory_bars(small, ("7B", "13B"), gb=35) + _memory_bars(large, ("70B",), gb=150)
+    small.set_title("At int8, Llama 2 7B fits on a T4. At bf16 it does not.", pad=22, weight="bold")
+    large.set_title("70B, on a scale of its own: at int8 it just fits into 80 GB.", pad=22)
+    large.set_xlabel("GB of memory")
+    large.legend(loc="lower right", framealpha=1)
     return Picture(
         figure,
-        f"Nine bars, the memory that Llama 2 needs: {', '.join(labels)}. A dashed line marks the memory that is free "
-        "on this machine. Bars that end before it are filled, and bars that cross it are hatched.",
+        f"Nine bars, the memory that Llama 2 needs: {', '.join(labels)}. Most of each bar is the weights, the rest is "
+        f"a KV cache for 4,096 tokens and the libraries. Dashed lines mark the memory of GPUs ({'; '.join(GPUS)}).",
     )
+
+
+def _memory_bars(axes: Axes, sizes: Sequence[str], *, gb: float) -> list[str]:
+    """Draw the bars of `sizes`, and the lines below `gb`, where the axis ends. Return the labels."""
+    labels: list[str] = []
+    rows: list[float] = []
+    for size in sizes:
+        for precision in ("bf16", "int8", "nf4"):
+            rows.append(len(labels) + 0.5 * (len(labels) // 3))  # with a gap between two sizes
+            weights = SIZES[size] * PRECISIONS[precision] / 1e9
+            rest = (4096 * CACHES[size] * 2 + memory_needed(0, precision)) / 1e9
+            labels.append(f"{size} at {precision}: {weights + rest:.1f} GB")
+            axes.barh(rows[-1], weights, color=BLUE, label=None if rows[1:] else "weights")
+            axes.barh(
+                rows[-1],
+                rest,
+                left=weights,
+                facecolor="white",
+                edgecolor=VERMILLION,
+                hatch="////",
+                label=None if rows[1:] else "KV cache and libraries",
+            )
+    for name, size_in_gb in GPUS.items():
+        if gb / 8 < size_in_gb < gb:
+            axes.axvline(size_in_gb, color=BLACK, linestyle="--")
+            axes.annotate(
+                name,
+                (size_in_gb, 1),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                xycoords=("data", "axes fraction"),
+            )
+    axes.set_yticks(rows, labels)
+    axes.set(xlim=(0, gb), ylim=(rows[-1] + 0.5, -0.5))
+    axes.tick_params(left=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return labels
 
 
 # --- 02 Prompting ---------------------------------------------------------------------------------
@@ -156,32 +188,74 @@ class Tokens:
         return f'<span style="{style}">{html.escape(self.pieces[n])}<br><small>{self.ids[n]}</small></span>'
 
 
-def window(sent: Sequence[int], whole: Sequence[int], *, window: int, kept_free: int) -> Picture:
-    """Draw a bar for each request of a conversation that outgrows the context window.
+def next_tokens(probabilities: Mapping[str, Mapping[str, float]], *, title: str) -> Picture:
+    """Draw how likely each token is to be the next one, with a bar for each prompt.
 
-    Request n sends `sent[n]` tokens of the `whole[n]` in the dialog. `kept_free` of the `window` tokens are reserved
-    for the answer.
+    `probabilities`: prompt → token → probability. All prompts have the same tokens, the first one at the top.
     """
-    figure, axes = _drawing(width=8, height=4)
-    requests = range(1, len(sent) + 1)
-    dropped: dict[str, Any] = {"facecolor": "white", "edgecolor": VERMILLION, "hatch": "///"}
-    axes.bar(requests, sent, color=BLUE, label="sent to the model")
-    for request, part, all_of_it in zip(requests, sent, whole, strict=True):
-        if part < all_of_it:
-            axes.bar(request, all_of_it - part, bottom=part, **dropped)
-    axes.axhline(window, color=BLACK, linewidth=1.5)
-    axes.axhline(window - kept_free, color=BLACK, linewidth=1, linestyle="--")
-    near: dict[str, Any] = {"xycoords": "data", "textcoords": "offset points"}
-    axes.annotate(f"window: {window:,} tokens", (0.4, window), xytext=(0, 4), va="bottom", **near)
-    axes.annotate("room for the answer above this", (0.4, window - kept_free), xytext=(0, -4), va="top", **near)
-    axes.set(xlabel="request", ylabel="tokens", xticks=requests)
-    handles, _ = axes.get_legend_handles_labels()
-    legend = [*handles, Patch(**dropped, label="dropped: the oldest turns")]
-    axes.legend(handles=legend, loc="upper left", bbox_to_anchor=(0, 0.88), frameon=False)
+    looks: tuple[dict[str, Any], ...] = (
+        {"facecolor": BLUE, "edgecolor": BLUE},
+        {"facecolor": "white", "edgecolor": VERMILLION, "hatch": "////"},
+    )
+    tokens = list(next(iter(probabilities.values())))
+    thick = 0.8 / len(probabilities)
+    figure, axes = _drawing(width=8, height=1.2 + 0.5 * len(tokens))
+    for row, ((prompt, of), look) in enumerate(zip(probabilities.items(), looks, strict=False)):
+        for place, token in enumerate(tokens, start=1):
+            label = "" if place > 1 else prompt
+            middle = place + (row - (len(probabilities) - 1) / 2) * thick
+            axes.barh(middle, 100 * of[token], height=thick, label=label, **look)
+            end = (100 * of[token], middle)
+            axes.annotate(f"{of[token]:.1%}", end, xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(1, len(tokens) + 1), [repr(token) for token in tokens])
+    axes.set(xlabel="probability of the token, in %", ylim=(len(tokens) + 0.6, 0.4))
+    axes.set_title(title, weight="bold")
+    axes.margins(x=0.1)
+    axes.tick_params(left=False)
+    axes.legend(loc="lower right", frameon=False)
     return Picture(
         figure,
-        "Bars: the prompt grows with each request until it reaches the room for the answer, just below the window. "
-        "From then on the oldest turns are dropped, and the prompt stays below that line.",
+        f"Bars, one for each prompt ({', '.join(probabilities)}): how likely the model finds each of the tokens that "
+        "are most likely after the first prompt.",
+    )
+
+
+def dropped_turns(whole: Sequence[int], dropped: Sequence[int], *, sent: Sequence[int] | None = None) -> Picture:
+    """Draw a row for each request of a conversation, with a block for each turn, as wide as it has tokens.
+
+    Request n has n turns before its question. Its dialog takes `whole[n]` tokens, of which the oldest `dropped[n]`
+    turns are not sent. So `whole[0]` are the tokens that are always sent: the system prompt and the question.
+    `sent` are the tokens that are left. Give them if the questions differ in length, because they cannot be computed
+    from `whole` then.
+    """
+    looks: dict[str, dict[str, Any]] = {
+        "system prompt and new question": {"facecolor": "#EEEEEE", "edgecolor": BLACK, "hatch": ".."},
+        "turns that are sent": {"facecolor": "#CFE8F7", "edgecolor": BLUE},
+        "turns that are dropped": {"facecolor": "white", "edgecolor": VERMILLION, "hatch": "////"},
+    }
+    always, kept, left_out = looks.values()
+    turns = [after - before for before, after in itertools.pairwise(whole)]
+    figure, axes = _drawing(width=8, height=1.6 + 0.32 * len(whole))
+    for row, without in enumerate(dropped):
+        axes.barh(row, whole[0], **always)
+        for number, tokens in enumerate(turns[:row]):
+            axes.barh(row, tokens, left=whole[number], **(left_out if number < without else kept))
+            middle = (whole[number] + tokens / 2, row)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if number < without else None
+            axes.annotate(str(number + 1), middle, ha="center", va="center", fontsize=9, bbox=box)
+        left = sent[row] if sent else whole[row] - sum(turns[:without])
+        axes.annotate(f"{left:,} sent", (whole[row], row), xytext=(5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(whole)), [f"request {row + 1}" for row in range(len(whole))])
+    axes.set(xlabel="tokens of the whole dialog", xlim=(0, 1.13 * max(whole)), ylim=(len(whole) - 0.4, -0.6))
+    axes.set_title("The oldest turns go first, and only as many as needed", weight="bold", pad=28)
+    axes.tick_params(left=False)
+    legend = [Patch(**look, label=label) for label, look in looks.items()]
+    axes.legend(handles=legend, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=3, frameon=False, fontsize=9)
+    return Picture(
+        figure,
+        "A row for each request and a numbered block for each turn. The system prompt and the new question are in "
+        "every row. In the lower rows the first turns are hatched, which means that they are dropped. The hatched "
+        "blocks are always the oldest turns of their row.",
     )
 
 
@@ -190,33 +264,72 @@ def window(sent: Sequence[int], whole: Sequence[int], *, window: int, kept_free:
 _SERIES = ((BLUE, "o"), (VERMILLION, "s"), (BLACK, "^"))
 
 
-def timeline(moments: Mapping[str, Sequence[float]]) -> Picture:
-    """Draw a row for each client, with a mark at each of its `moments`, in seconds since its request."""
+def timeline(
+    moments: Mapping[str, Sequence[float]],
+    *,
+    title: str = "",
+    clock: str = "seconds since the question",
+    until: float | None = None,
+) -> Picture:
+    """Draw a row for each client, with a mark at each of its `moments`, in seconds.
+
+    `clock` says since when. The axis goes to `until`, or to the last mark. To compare two pictures, give both the same.
+    """
     figure, axes = _drawing(width=8, height=0.9 + 0.6 * len(moments))
     for row, times in enumerate(moments.values()):
         colour, marker = _SERIES[row % len(_SERIES)]
         axes.plot([0, max(times)], [row, row], color="#999999", linewidth=1, zorder=1)
         axes.scatter(times, [row] * len(times), color=colour, marker=marker, s=24, zorder=2)
     axes.set_yticks(range(len(moments)), list(moments))
-    axes.set(xlabel="seconds since the question", ylim=(len(moments) - 0.5, -0.5))
-    axes.set_xlim(left=0)
+    axes.set(title=title, xlabel=clock, ylim=(len(moments) - 0.5, -0.5))
+    axes.set_xlim(0, until and 1.02 * until)  # room for a mark at its end
     axes.tick_params(left=False)
     clients = ", ".join(moments)
     return Picture(
         figure,
-        f"Timeline with a row for each client, from the top: {clients}. Each mark is a piece of the answer.",
+        f"Timeline with a row for each client, from the top: {clients}. Each mark is a piece of an answer, or a reply.",
     )
 
 
-def costs(moments: Mapping[str, Sequence[float]]) -> Picture:
-    """Draw the time of each token after the first, in ms, for each service. `moments` are in seconds."""
+def costs(moments: Mapping[str, Sequence[float]], *, title: str = "") -> Picture:
+    """Draw for each service the time of each token after the first, in ms, and beside it the sum so far, in seconds.
+
+    `moments` are in seconds since the request.
+    """
     figure, axes = _drawing(width=8, height=4)
+    axes.remove()
+    each, total = figure.subplots(1, 2)
     for (service, times), (colour, marker) in zip(moments.items(), _SERIES, strict=False):
         gaps = [1000 * (after - before) for before, after in itertools.pairwise(times)]
-        axes.plot(range(2, len(times) + 1), gaps, marker, color=colour, markersize=4, label=service)
-    axes.set(xlabel="token of the answer", ylabel="ms for this token", ylim=(0, None))
-    axes.legend(loc="upper left", frameon=False)
+        each.plot(range(2, len(times) + 1), gaps, marker, color=colour, markersize=4, label=service)
+        total.plot(range(1, len(times) + 1), times, marker, color=colour, markersize=4)
+    each.set(xlabel="token of the answer", ylabel="ms for this token", ylim=(0, None))
+    total.set(xlabel="token of the answer", ylabel="seconds until this token", ylim=(0, None))
+    for panel in (each, total):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(moments), frameon=False)
+    figure.suptitle(title)
     services = " and ".join(moments)
     return Picture(
-        figure, f"Dots, one for each token: the milliseconds that it took {services}, from the first to the last."
+        figure,
+        f"Two panels, with a dot for each token of {services}. Left: the milliseconds that the token took. "
+        "Right: the seconds until it came.",
+    )
+
+
+# --- 04 Conversation ------------------------------------------------------------------------------
+
+
+def first_tokens(seconds: Mapping[str, Sequence[float]]) -> Picture:
+    """Draw the time to the first token in each turn of a conversation, with a line for each way to send it."""
+    figure, axes = _drawing(width=8, height=4)
+    for (way, times), (colour, marker) in zip(seconds.items(), _SERIES, strict=False):
+        turns = range(1, len(times) + 1)
+        axes.plot(turns, times, marker=marker, color=colour, label=way)
+        axes.set_xticks(turns)
+    axes.set(xlabel="turn of the conversation", ylabel="seconds to the first token", ylim=(0, None))
+    axes.set_title("The first token stays quick only if the prompt begins as before", weight="bold")
+    axes.legend(loc="upper left", frameon=False)
+    return Picture(
+        figure, f"Lines over the turns of a conversation, the seconds to the first token: {'; '.join(seconds)}."
     )

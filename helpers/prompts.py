@@ -150,7 +150,7 @@ class FittedDialog:
     """A dialog that leaves enough of the context window for its answer.
 
     - ``token_ids``: the ids of `messages`.
-    - ``dropped_turns``: how many of the oldest turns, each a question with its answer, were left out of `messages`.
+    - ``dropped_turns``: how many of the oldest turns, each a question with its answer, were dropped from `messages`.
     """
 
     messages: list[Message]

@@ -17,7 +17,8 @@ FINISHED = """() => {
     return dialog || idle && (code.every(cell => cell.executionCount) || code.some(failed));
 }"""
 
-# Pictures from the web, such as Colab's badge, need a network.
+# Pictures from the web, such as Colab's badge, need a network. CodeMirror, which holds a cell's source, has empty
+# pictures of its own around a very long line, such as a stored picture's.
 DRAWN = """() => [...document.querySelectorAll('.jp-Notebook img:not([src^="https:"])')].every(img => img.complete)
     && !document.querySelector(".jp-Notebook").innerText.includes("Loading widget...")"""
 
@@ -28,7 +29,7 @@ CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => ({
     count: cell.model.executionCount,
     outputs: cell.model.outputs?.toJSON() ?? [],
     text: cell.outputArea?.node.innerText,
-    widths: [...cell.node.querySelectorAll('img:not([src^="https:"])')].map(img => img.naturalWidth),
+    widths: [...cell.node.querySelectorAll('img:not([src^="https:"], .cm-widgetBuffer)')].map(img => img.naturalWidth),
 }))"""
 
 

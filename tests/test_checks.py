@@ -44,7 +44,7 @@ def rows(results: list[CheckResult]) -> dict[str, CheckResult]:
 def test_a_granted_licence_leads_to_llama_2(hub: HubStub) -> None:
     table = rows(check())
     assert all(row.ok for row in table.values())
-    assert table["Hugging Face token"].finding == "found: environment variable HF_TOKEN"
+    assert table["access token"].finding == "found: environment variable HF_TOKEN"
     assert table["account"].finding == "alice"
     assert table["Llama 2's licence"].finding == f"alice may download {LLAMA2}"
     assert table["GPU"].finding == "Tesla T4, 15.0 GB free of 16.0 GB"
@@ -100,7 +100,7 @@ def test_a_malformed_token_is_reported_and_not_sent(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", form.format(TOKEN))
     table = rows(check())
-    token = table["Hugging Face token"]
+    token = table["access token"]
     assert not token.ok and token.finding.startswith(f"found: environment variable HF_TOKEN, but it {problem}")
     assert token.fix.startswith("Store it again without spaces and quotation marks")
     assert f"cannot be sent (it {problem}" in table["Llama 2's licence"].finding
@@ -115,7 +115,7 @@ def test_a_mirror_that_gives_llama_2_without_a_token_needs_none(
     hub.repos[LLAMA2] = Repo(folder=model_folder(tmp_path / "model"))
     hub.faults = {"/api/": 404}
     table = rows(check())
-    assert not table["Hugging Face token"].ok and table["Llama 2's licence"].ok
+    assert not table["access token"].ok and table["Llama 2's licence"].ok
     assert table["Model"].finding.startswith(f"{LLAMA2} at int8: this account may download")
 
 
@@ -173,7 +173,7 @@ def test_the_check_reads_the_environment_and_needs_no_token_gpu_or_network(tmp_p
     assert max(map(len, done.stdout.splitlines())) <= 96
     words = " ".join(done.stdout.split())
     assert "[ok] jina 9.9" in words
-    assert "[--] Hugging Face token none was found -> Create a token" in words
+    assert "[--] access token none was found -> Create an access token" in words
     assert "[ok] Model smollm2 at int8: no GPU was found, so the bundled SmolLM2-135M-Instruct runs" in words
     assert done.stderr == ""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,30 @@ def changes_its_input(messages: list[dict[str, str]], answer: str, question: str
     return messages
 
 
-def text_of(documents: list[Any]) -> str:
-    if not documents or documents[-1].finish_reason not in ("stop", "length"):
-        raise RuntimeError("the stream broke off")
-    return ignores_how_it_ended(documents)
+def pieces_of(tokens: list[bytes]) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    return [decoder.decode(token) for token in tokens]
 
 
-def ignores_how_it_ended(documents: list[Any]) -> str:
-    return "".join(document.generated_text for document in documents)
+def decodes_each_alone(tokens: list[bytes]) -> list[str]:
+    return [token.decode(errors="replace") for token in tokens]
 
 
-def refuses_everything(documents: list[Any]) -> str:
-    raise RuntimeError("no")
+def drops_incomplete_characters(tokens: list[bytes]) -> list[str]:
+    return [token.decode(errors="ignore") for token in tokens]
+
+
+def waits_for_whole_tokens(tokens: list[bytes]) -> list[str]:
+    """Hold a complete character back because the next one has begun in the same token."""
+    held, pieces = b"", []
+    for token in tokens:
+        held += token
+        try:
+            pieces.append(held.decode())
+            held = b""
+        except UnicodeDecodeError:
+            pieces.append("")
+    return pieces
 
 
 def dialog(*contents: str) -> list[dict[str, str]]:
@@ -110,19 +124,45 @@ def finds_empty_answers_only(path: Path) -> list[str]:
     return [asked["content"] for asked, said in itertools.pairwise(messages) if not said["content"]]
 
 
+def tokens_to_read(prompts: list[list[int]], *, earlier: int | None = None) -> list[int]:
+    """Count the tokens after the longest prefix that one of the `earlier` prompts, by default all, has too."""
+    counts = []
+    for n, prompt in enumerate(prompts):
+        others = prompts[0 if earlier is None else max(0, n - earlier) : n]
+        shared = max((len(os.path.commonprefix([prompt, other])) for other in others), default=0)
+        counts.append(len(prompt) - shared)
+    return counts
+
+
+def compares_with_the_latest_only(prompts: list[list[int]]) -> list[int]:
+    return tokens_to_read(prompts, earlier=1)
+
+
+def counts_tokens_that_occur_anywhere(prompts: list[list[int]]) -> list[int]:
+    seen: set[int] = set()
+    counts = []
+    for prompt in prompts:
+        counts.append(len([token for token in prompt if token not in seen]))
+        seen |= {*prompt}
+    return counts
+
+
 RIGHT: dict[str, list[Any]] = {
     "1.1": [13_015_864_320 * 2 / 1e9, 26],
-    "1.2": ["int8", " INT8 "],
+    "1.2": ["nf4", " NF4 "],
     "1.3": [819_200],
     "1.4": ["b", "B"],
+    "1.5": [2.83, (2 * 4 * 2 * 4) ** 0.25],
     "2.1": [5],
     "2.2": [remembers],
     "2.3": [12],
     "2.4": ["b"],
+    "2.5": [0.665, 0.67],
     "3.1": [6225, 50 * 100 + 50 * 49 / 2],
     "3.2": [149],
-    "3.3": [text_of],
+    "3.3": [pieces_of],
     "3.4": [4.5, 0.5 + 40 * 0.1],
+    "3.5": [2.7, 4.0 - 1.3],
     "4.1": [
         dialog("What is the capital of France?", "Paris.", "And of Italy?"),
         dialog("Tell me something of France.", "Its Capital is Paris.", " And of Italy? "),
@@ -130,20 +170,24 @@ RIGHT: dict[str, list[Any]] = {
     "4.2": [turns_dropped],
     "4.3": [messages_of],
     "4.4": [questions_that_ended("cancelled", "error")],
+    "4.5": [tokens_to_read],
 }
 WRONG: dict[str, list[Any]] = {
     "1.1": [13.0, 52.1, 26e9, "26 GB", None, True],
-    "1.2": ["bf16", "nf4", "fp32", "int 8", 8],
+    "1.2": ["bf16", "int8", "fp32", "nf 4", 4],
     "1.3": [819_200 / 2, 819_199, 524_288, "819200"],
     "1.4": ["a", "c", "delete the cell", 2],
+    "1.5": [3, 0.354, 0.375, 8 / 3, "2.83"],
     "2.1": [1, 6, 9, "5"],
     "2.2": [forgets_the_answer, changes_its_input, None],
     "2.3": [11, 13, 12.2, "12"],
     "2.4": ["a", "c", 1],
+    "2.5": [2 / 3 + 0.01, 0.5, 66.5, "0.665"],
     "3.1": [5000, 149, 6224, "6225"],
     "3.2": [150, 100, 6225],
-    "3.3": [ignores_how_it_ended, refuses_everything, lambda documents: 1 / 0],
+    "3.3": [decodes_each_alone, drops_incomplete_characters, waits_for_whole_tokens, lambda tokens: 1 / 0],
     "3.4": [4.0, 4.6, "4.5 s"],
+    "3.5": [4.0, 1.3, 0.7, 2700, "2.7"],
     "4.1": [
         dialog("And of Italy?"),
         dialog("What is the capital of France?", "", "And of Italy?"),
@@ -164,6 +208,7 @@ WRONG: dict[str, list[Any]] = {
         finds_empty_answers_only,
         "talk.json",
     ],
+    "4.5": [compares_with_the_latest_only, counts_tokens_that_occur_anywhere, lambda prompts: [*map(len, prompts)]],
 }
 
 

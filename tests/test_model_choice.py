@@ -272,7 +272,7 @@ def test_a_malformed_token_is_refused_for_every_model_of_the_hub(
     cached = model_folder(tmp_path / "model")
     monkeypatch.setattr("helpers.model_files.cached_folder", lambda name: cached if name == "org/cached" else None)
     message = (
-        rf"^Cannot use {model}: the Hugging Face token that was found \(environment variable HF_TOKEN\) "
+        rf"^Cannot use {model}: the access token for Hugging Face that was found \(environment variable HF_TOKEN\) "
         rf"{malformed_token}\. Store it again"
     )
     with pytest.raises(ModelUnavailable, match=message) as error:

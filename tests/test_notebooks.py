@@ -1,7 +1,8 @@
-"""The notebooks' files: outputs, links, pictures, the cell for Colab; and three kinds of clients in one kernel."""
+"""The notebooks' files: frame, outputs, links, pictures, glossary, the cell for Colab; and clients in one kernel."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import statistics
@@ -12,11 +13,14 @@ from urllib.parse import unquote
 
 import pytest
 from nbconvert.filters import markdown2html
+from PIL import Image
 
+import media
 from helpers.catalog import INSTALL_LAB
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if path.parent.name != ".ipynb_checkpoints")
+LESSONS = [notebook for notebook in NOTEBOOKS if notebook.parent.name == "notebooks"]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 REPOSITORY = re.findall('^Repository = "(https://github.com/.+)"', PROJECT, re.MULTILINE)[0]
 IN_COLAB = REPOSITORY.replace("github.com", "colab.research.google.com/github")
@@ -26,6 +30,19 @@ EXEMPTION = re.compile(r"^# (NBVAL_\w+)\n# .{20,}", re.MULTILINE)
 EXEMPTIONS = {"NBVAL_IGNORE_OUTPUT", "NBVAL_RAISES_EXCEPTION"}
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
+each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+
+# A line that says only whether something is true. A lesson shows the thing itself.
+BARE_BOOLEAN = re.compile(r"^(?:.*: ?)?[(\[]*(?:(?:True|False)(?:, )?)+[)\]]*$", re.MULTILINE)
+
+# The last part of each lesson.
+ENDING = (
+    r"^(?:## |> \*\*)In short\b",
+    r"^## Questions$",
+    r"^## Exercises$",
+    r"^## Further reading$",
+    r"^## Where to go next$",
+)
 
 
 def cells_of(notebook: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -95,6 +112,27 @@ def test_a_comment_gives_the_reason_for_each_exemption(notebook: Path) -> None:
 
 
 @each_notebook
+def test_outputs_show_things_and_not_whether_something_is_true(notebook: Path) -> None:
+    for cell in cells_of(notebook, "code"):
+        for output in cell["outputs"]:
+            text = "".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/plain", ""))
+            assert not BARE_BOOLEAN.search(text), cell["text"]
+
+
+@each_lesson
+def test_a_lesson_ends_with_recap_questions_exercises_and_further_reading(lesson: Path) -> None:
+    text = "\n\n".join(cell["text"] for cell in cells_of(lesson, "markdown"))
+    places = [[found.start() for found in re.finditer(part, text, re.MULTILINE)] for part in ENDING]
+    assert [len(found) for found in places] == [1] * len(ENDING), list(zip(ENDING, places, strict=True))
+    assert places == sorted(places)
+    recap, questions, exercises, reading, after = (found[0] for found in places)
+    assert re.search(r"^> ", text[recap:questions], re.MULTILINE), "the recap is no blockquote"
+    assert 6 <= len(re.findall(r"^\d+\. ", text[questions:exercises], re.MULTILINE)) <= 10
+    assert len(re.findall(r"^\*\*\d\.\d\*\*", text[exercises:reading], re.MULTILINE)) >= 3
+    assert "](https://" in text[reading:after]
+
+
+@each_notebook
 def test_every_picture_has_an_alternative_text(notebook: Path) -> None:
     for cell in cells_of(notebook):
         html = markdown2html(cell["text"]) if cell["cell_type"] == "markdown" else ""
@@ -124,6 +162,46 @@ def test_links_within_the_repository_have_a_target(page: Path) -> None:
         elif not re.match(r"\w+:", path):
             assert (page.parent / unquote(path)).exists(), f"{target} does not exist"
         assert path or anchor(heading) in html.anchors, f"{target} names no heading"
+
+
+def glossary() -> dict[str, str]:
+    """Return the glossary's entries: anchor → term and text."""
+    entries = re.split(r"^## ", (ROOT / "notebooks/glossary.md").read_text(), flags=re.MULTILINE)[1:]
+    return {anchor(entry.partition("\n")[0].replace(" ", "-")): entry for entry in entries}
+
+
+def test_every_term_has_its_glossary_entry_which_links_back_to_the_lesson() -> None:
+    entries = glossary()
+    assert [*entries] == sorted(entries)
+    introduced = []
+    for lesson in LESSONS:
+        text = "\n".join(cell["text"] for cell in cells_of(lesson, "markdown"))
+        assert set(re.findall(r"glossary\.md#([\w-]+)", text)) <= set(entries)
+        introduced += [(term, lesson.name) for term in re.findall(r"\[\*\*[^]]+\*\*\]\(glossary\.md#([\w-]+)\)", text)]
+    linked = [(term, lesson) for term, entry in entries.items() for lesson in re.findall(r"\]\(([\w.]+)\)", entry)]
+    assert sorted(introduced) == sorted(linked)
+
+
+def test_the_lessons_hold_the_pictures_of_the_folder_and_all_of_them() -> None:
+    images = ROOT / "notebooks/images"
+    shown = set()
+    for notebook in NOTEBOOKS:
+        for cell in cells_of(notebook, "markdown"):
+            assert "](images/" not in cell["text"], f"{notebook.name}: run `make media MEDIA=embed`"
+            for name, content in re.findall(r'data-file="(\w+)" [^>]*;base64,([^"]+)"', cell["text"]):
+                same = base64.b64decode(content) == (images / f"{name}.png").read_bytes()
+                assert same, f"{notebook.name}, {name}: run `make media MEDIA=embed`"
+                shown.add(name)
+    assert shown == {picture.stem for picture in images.glob("*.png")}
+    assert {picture.stem for picture in images.glob("*.svg")} <= shown
+
+
+def test_every_diagram_is_drawn_from_its_present_source() -> None:
+    for svg in (ROOT / "notebooks/images").glob("*.svg"):
+        with Image.open(svg.with_suffix(".png")) as picture:
+            assert picture.text["Source"] == media.digest(svg), f"{svg.name}: run `make media MEDIA='diagrams embed'`"
+        text = svg.read_text()
+        assert "<title" in text and "<desc" in text and "<script" not in text and "@import" not in text
 
 
 @each_notebook

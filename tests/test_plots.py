@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import itertools
 import re
@@ -19,60 +18,54 @@ from matplotlib import image
 
 from helpers import memory, plots
 from helpers.checks import CheckResult, format_table
-from helpers.hardware import Gpu, Machine
 
 GB = 10**9
-MACHINES = {
-    "a small laptop": Machine("3.11", 4 * GB, 1 * GB, None),
-    "a laptop": Machine("3.11", 26 * GB, 24 * GB, None),
-    "a T4": Machine("3.13", 13 * GB, 11 * GB, Gpu("Tesla T4", 16 * GB, 15 * GB, False)),
-    "an H200": Machine("3.13", 128 * GB, 99 * GB, Gpu("NVIDIA H200", 150 * GB, 149 * GB, True)),
-    "a large server": Machine("3.12", 2000 * GB, 1900 * GB, None),
-}
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
 
 
-@pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return MACHINES[request.param]
+def bars(picture: plots.Picture) -> dict[str, list[Any]]:
+    """Return the parts of each bar, from left to right, by the bar's label."""
+    found = {}
+    for axes in picture.figure.axes:
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        parts = [axes.patches[n : n + 2] for n in range(0, len(axes.patches), 2)]
+        found.update(zip(labels, parts, strict=True))
+    return found
 
 
-def bars(picture: plots.Picture) -> dict[str, Any]:
-    """Return the bars by their labels."""
-    (axes,) = picture.figure.axes
-    return dict(zip([label.get_text() for label in axes.get_yticklabels()], axes.patches, strict=True))
-
-
-def free(machine: Machine) -> int:
-    return machine.gpu.free if machine.gpu else machine.ram_available
-
-
-def test_a_bar_shows_what_a_size_needs_and_whether_it_fits(machine: Machine) -> None:
-    for label, bar in bars(plots.memory(machine)).items():
+def test_a_bar_is_the_weights_and_what_is_needed_besides() -> None:
+    found = bars(plots.memory())
+    assert len(found) == 9
+    for label, (weights, rest) in found.items():
         size, precision = re.fullmatch(r"(\w+) at (\w+): .*", label).groups()  # type: ignore[union-attr]
-        parameters = plots.SIZES[size]
-        needed = memory.memory_needed(parameters, precision)
-        assert bar.get_width() * GB == pytest.approx(needed)
-        assert label.endswith(f": {needed / GB:.1f} GB")
-        assert (bar.get_hatch() is None) == memory.fits(parameters, precision, free=free(machine))
+        assert weights.get_width() * GB == pytest.approx(plots.SIZES[size] * memory.PRECISIONS[precision])
+        assert rest.get_width() * GB == pytest.approx(4096 * 2 * plots.CACHES[size] + 0.5 * GB)
+        assert rest.get_x() == pytest.approx(weights.get_width())
+        assert label.endswith(f": {weights.get_width() + rest.get_width():.1f} GB")
 
 
-def test_a_line_marks_the_free_memory(machine: Machine) -> None:
-    (axes,) = plots.memory(machine).figure.axes
-    (line,) = axes.lines
-    assert line.get_xdata()[0] * GB == free(machine)
-    assert f"{free(machine) / GB:.1f} GB" in line.get_label()
-    assert ("GPU" in line.get_label()) == (machine.gpu is not None)
-    left, right = axes.get_xlim()
-    assert left < line.get_xdata()[0] < right
+def test_the_memory_of_7b_is_the_memory_that_the_choice_counts() -> None:
+    labels = " ".join(bars(plots.memory()))
+    for precision in ("bf16", "int8", "nf4"):
+        needed = memory.memory_needed(plots.SIZES["7B"], precision)
+        assert f"7B at {precision}: {memory.format_gb(needed)}" in labels
+
+
+def test_lines_mark_the_memory_of_gpus_inside_their_panel() -> None:
+    small, large = plots.memory().figure.axes
+    assert [line.get_xdata()[0] for line in small.lines] == [15, 24]
+    assert [line.get_xdata()[0] for line in large.lines] == [24, 80]
+    assert small.get_title() and large.get_title()
 
 
 TIMES = [0.1 * n for n in range(1, 30)]
 PICTURES: dict[str, Callable[[], plots.Picture]] = {
-    **{f"memory of {name}": functools.partial(plots.memory, machine) for name, machine in MACHINES.items()},
-    "window": lambda: plots.window([100, 200, 250], [100, 200, 300], window=300, kept_free=40),
+    "memory": plots.memory,
+    "next tokens": lambda: plots.next_tokens({"one": {"a": 0.6, "b": 0.1}, "two": {"a": 0.2, "b": 0.3}}, title="Two"),
+    "dropped turns": lambda: plots.dropped_turns([50, 150, 400, 500], [0, 0, 0, 2]),
     "timeline": lambda: plots.timeline({"alone": TIMES, "first of two": TIMES, "second of two": [9.0]}),
     "costs": lambda: plots.costs({"one service": TIMES, "another": [n * n for n in TIMES]}),
+    "first tokens": lambda: plots.first_tokens({"reused": [0.1, 0.1], "read again": [0.1, 0.5]}),
 }
 
 
@@ -80,10 +73,11 @@ PICTURES: dict[str, Callable[[], plots.Picture]] = {
 def test_what_differs_in_colour_differs_in_hatch_or_marker_too(name: str) -> None:
     from matplotlib.colors import to_hex
 
-    (axes,) = PICTURES[name]().figure.axes
-    looks = {(to_hex(bar.get_edgecolor()), bar.get_hatch()) for bar in axes.patches}
-    looks |= {(to_hex(line.get_color()), line.get_marker()) for line in axes.lines if line.get_marker() != "None"}
-    looks |= {(to_hex(dots.get_facecolor()[0]), dots.get_paths()[0].vertices.tobytes()) for dots in axes.collections}
+    looks: set[tuple[str, Any]] = set()
+    for axes in PICTURES[name]().figure.axes:
+        looks |= {(to_hex(bar.get_edgecolor()), bar.get_hatch()) for bar in axes.patches}
+        looks |= {(to_hex(line.get_color()), line.get_marker()) for line in axes.lines if line.get_marker() != "None"}
+        looks |= {(to_hex(dot.get_facecolor()[0]), dot.get_paths()[0].vertices.tobytes()) for dot in axes.collections}
     assert looks and {colour for colour, _ in looks} <= OKABE_ITO
     assert len({shape for _, shape in looks}) == len(looks)
 
@@ -99,16 +93,16 @@ def test_a_picture_is_opaque_and_white_at_its_rim(name: str) -> None:
 def test_a_notebook_gets_a_picture_with_its_width_and_its_text() -> None:
     from IPython.core.formatters import DisplayFormatter
 
-    picture = plots.memory(MACHINES["a laptop"])
+    picture = plots.memory()
     data, metadata = DisplayFormatter().format(picture)
     assert base64.b64decode(data["image/png"]) == picture.png()
     assert data["text/plain"] == metadata["image/png"]["alt"] == picture.alt
     assert metadata["image/png"]["width"] == 800
 
 
-def test_the_text_of_a_picture_names_every_bar_and_is_the_same_on_every_machine() -> None:
-    (text,) = {plots.memory(machine).alt for machine in MACHINES.values()}
-    assert all(label in text for label in bars(plots.memory(MACHINES["a T4"])))
+def test_the_text_of_a_picture_names_every_bar() -> None:
+    picture = plots.memory()
+    assert all(label in picture.alt for label in bars(picture))
 
 
 def test_the_check_is_a_table_with_a_fix_for_each_problem() -> None:
@@ -136,12 +130,28 @@ def test_tokens_show_each_piece_with_its_id(llama2_tokenizer: Any) -> None:
     assert repr(row).startswith(f"<s>·1 ▁<·{ids[1]}")
 
 
-def test_the_window_shows_what_is_sent_and_what_is_dropped() -> None:
-    (axes,) = plots.window([100, 200, 250], [100, 200, 300], window=300, kept_free=40).figure.axes
-    sent, dropped = axes.patches[:3], axes.patches[3:]
-    assert [bar.get_height() for bar in sent] == [100, 200, 250]
-    assert [(bar.get_y(), bar.get_height()) for bar in dropped] == [(250, 50)]
-    assert [line.get_ydata()[0] for line in axes.lines] == [300, 260]
+def test_the_next_tokens_of_two_prompts_have_bars_side_by_side() -> None:
+    probabilities = {"one BOS": {"The": 0.5, " a": 0.25}, "two BOS": {"The": 0.25, " a": 0.5}}
+    picture = plots.next_tokens(probabilities, title="Another token wins")
+    (axes,) = picture.figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["'The'", "' a'"]
+    assert [bar.get_width() for bar in axes.patches] == [50, 25, 25, 50]
+    first, second = axes.patches[0], axes.patches[2]
+    assert first.get_y() + first.get_height() == pytest.approx(second.get_y()), "the bars of a token touch"
+    assert axes.get_title() == "Another token wins"
+    assert "one BOS, two BOS" in picture.alt and "The" not in picture.alt
+
+
+def test_the_oldest_turns_are_the_hatched_ones() -> None:
+    (axes,) = plots.dropped_turns([50, 150, 400, 500], [0, 0, 1, 2]).figure.axes
+    drawn = [(round(bar.get_y() + 0.4), bar.get_x(), bar.get_width(), bar.get_hatch()) for bar in axes.patches]
+    last_row = [(left, width, hatch) for row, left, width, hatch in drawn if row == 3]
+    assert last_row == [(0, 50, ".."), (50, 100, "////"), (150, 250, "////"), (400, 100, None)]
+    assert [row for row, *_, hatch in drawn if hatch == "////"] == [2, 3, 3]
+    texts = [text.get_text() for text in axes.texts]
+    assert "150 sent" in texts and "300 sent" in texts, "the tokens of the rest"
+    (axes,) = plots.dropped_turns([50, 150, 400], [0, 0, 1], sent=[50, 150, 302]).figure.axes
+    assert "302 sent" in [text.get_text() for text in axes.texts]
 
 
 def test_a_timeline_has_a_mark_for_each_piece() -> None:
@@ -151,8 +161,25 @@ def test_a_timeline_has_a_mark_for_each_piece() -> None:
     assert marks == [[[2.0, 0.0]], [[0.5, 1.0], [1.0, 1.0], [2.1, 1.0]]]
 
 
-def test_costs_are_the_times_between_tokens() -> None:
-    (axes,) = plots.costs({"a service": [1.0, 1.5, 2.5]}).figure.axes
-    (line,) = axes.lines
-    assert line.get_xdata().tolist() == [2, 3]
-    assert line.get_ydata() == pytest.approx([500, 1000])
+def test_timelines_to_compare_end_at_the_same_second_and_name_their_clock() -> None:
+    (axes,) = plots.timeline({"a client": [0.5]}, until=4.0, clock="seconds since the first question").figure.axes
+    assert axes.get_xlim() == pytest.approx((0, 4.08))
+    assert axes.get_xlabel() == "seconds since the first question"
+
+
+def test_costs_are_the_times_between_tokens_and_their_sum() -> None:
+    picture = plots.costs({"a service": [1.0, 1.5, 2.5]}, title="It costs.")
+    each, total = (axes.lines[0] for axes in picture.figure.axes)
+    assert each.get_xdata().tolist() == [2, 3]
+    assert each.get_ydata() == pytest.approx([500, 1000])
+    assert (total.get_xdata().tolist(), list(total.get_ydata())) == ([1, 2, 3], [1.0, 1.5, 2.5])
+    assert picture.figure.get_suptitle() == "It costs."
+
+
+def test_first_tokens_has_a_line_for_each_way_on_one_axis() -> None:
+    (axes,) = plots.first_tokens({"reused": [0.1, 0.2], "read again": [0.1, 0.5]}).figure.axes
+    assert [(line.get_label(), line.get_ydata().tolist()) for line in axes.lines] == [
+        ("reused", [0.1, 0.2]),
+        ("read again", [0.1, 0.5]),
+    ]
+    assert axes.get_ylim()[0] == 0 and axes.get_title()
