@@ -46,7 +46,7 @@ def split(address: str) -> tuple[str, int]:
     """Return the host and the port of ``host:port``, as `join` writes it. Raise `InvalidRequest` if it is not that."""
     host, colon, port = address.strip().rpartition(":")
     is_open = ":" in host and not host.startswith("[")
-    if not colon or is_open or not (port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535):
+    if not colon or is_open or not (port.isascii() and port.isdecimal() and int(port[:6]) <= 65535):
         raise InvalidRequest(f"{address!r} is not HOST:PORT. Write it like 127.0.0.1:12345 or [::1]:12345.")
     return clean_host(host), int(port)
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from ..addresses import host_to_ask
 from ..answer import Answer
 from ..client import endpoint_of
-from ..errors import ServiceUnavailable
+from ..errors import QueueFull, ServiceUnavailable
 from ..fields import ChatFields, ModelFields, NoFields, OutputFields, PromptFields
+from ..options import check_port
 from ..transport import Call
 from .records import Record
+
+log = logging.getLogger(__name__)
 
 _SECONDS_TO_REMEMBER = 10
 """How long the description of the model is used before the service is asked again: it may have been restarted."""
@@ -35,7 +40,7 @@ class Backend:
     """The service at `host` and `port`. Nothing is sent before the first request."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
+        self.host, self.port = host_to_ask(host), check_port(port)
         self._model: ModelFields | None = None
         self._asked_at = 0.0
 
@@ -43,14 +48,10 @@ class Backend:
         """Return the service's model and its load now. Raise `ServiceUnavailable` if it does not answer in time."""
         try:
             self._model = await asyncio.wait_for(self._ask(), _SECONDS_TO_ANSWER)
-        except asyncio.TimeoutError:
-            self._model = None
-            raise ServiceUnavailable(
-                f"The service did not describe its model within {_SECONDS_TO_ANSWER} s. Ask again later."
-            ) from None
-        except ServiceUnavailable:
-            self._model = None
-            raise
+        except (asyncio.TimeoutError, ServiceUnavailable) as error:
+            reason = str(error) or f"It did not describe its model within {_SECONDS_TO_ANSWER} s."
+            self._is_unavailable(reason)
+            raise ServiceUnavailable(reason) from None
         self._asked_at = time.monotonic()
         return self._model
 
@@ -75,6 +76,8 @@ class Backend:
                 async for piece in self._pieces(choice, request, record):
                     pieces.put_nowait(piece)
             except Exception as error:
+                if isinstance(error, ServiceUnavailable) and not isinstance(error, QueueFull):
+                    self._is_unavailable(str(error))
                 pieces.put_nowait(error)
 
         readers = [asyncio.ensure_future(read(choice, request)) for choice, request in enumerate(requests)]
@@ -109,6 +112,11 @@ class Backend:
         record.prompt_tokens += 0 if counted else answer.prompt_tokens or 0
         record.completion_tokens += answer.completion_tokens - counted
         yield Piece(choice, "", answer)
+
+    def _is_unavailable(self, reason: str) -> None:
+        """Log why the service does not answer, and forget its model: another one may run when it is back."""
+        log.warning("%s", reason)
+        self._model = None
 
     async def _ask(self) -> ModelFields:
         call = Call("/info", NoFields(), ModelFields, self.host, self.port)

@@ -69,8 +69,13 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(
             429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(_seconds_to_retry(error))}
         )
-    if isinstance(error, ServiceUnavailable):
-        return ApiError(503, str(error), code="service_unavailable", headers={"Retry-After": str(_SECONDS_TO_RETRY)})
+    if isinstance(error, ServiceUnavailable):  # its text names the service's address
+        return ApiError(
+            503,
+            "The service behind the gateway does not answer, or went away. Ask again later.",
+            code="service_unavailable",
+            headers={"Retry-After": str(_SECONDS_TO_RETRY)},
+        )
     # OpenAI's clients repeat a request after a 5xx, unless this header forbids it
     headers = {"x-should-retry": "false"}
     if isinstance(error, HelpersError):

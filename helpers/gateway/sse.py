@@ -94,7 +94,7 @@ class EventStream(Response):
             else:
                 self._record.client_left()
         except asyncio.CancelledError:  # the server stops, and has waited long enough
-            await cancel(sending)
+            sending.cancel()  # not awaited: the server cancels this task again in its next step
             await send(_body(self._failed(ServiceUnavailable("The gateway is shutting down. Ask again later."))))
             raise
         finally:
