@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +83,24 @@ def test_an_answer_that_takes_too_long_ends_with_an_error_when_the_gateway_stops
 ) -> None:
     scripted.script = scripted.half
     program = start_gateway(script, scripted)
-    received = ""
-    body = {**CHAT, "stream": True}
-    with (
-        pytest.raises(httpx.RemoteProtocolError),  # the response has no end either
-        httpx.stream("POST", f"{url_of(program)}/v1/chat/completions", json=body, timeout=60) as response,
-    ):
-        for piece in response.iter_text():
-            if not received:
-                program.process.send_signal(signal.SIGTERM)
-            received += piece
-    last_event = json.loads(received.split("data: ")[-1])
-    assert "shutting down" in last_event["error"]["message"]
+    url = f"{url_of(program)}/v1/chat/completions"
+    with ThreadPoolExecutor() as threads:
+        complete = threads.submit(httpx.post, url, json=CHAT, timeout=60)
+        until(lambda: scripted.requests, "the request has arrived")
+        with httpx.stream("POST", url, json={**CHAT, "stream": True}, timeout=60) as response:
+            received = ""
+            for piece in response.iter_text():
+                if not received:
+                    program.process.send_signal(signal.SIGTERM)
+                received += piece
+        assert complete.result().status_code == 503
+        assert complete.result().json()["error"]["code"] == "shutting_down"
+    assert json.loads(received.split("data: ")[-1])["error"]["code"] == "shutting_down"
     assert program.process.wait(SECONDS_TO_STOP + 60) == 0
-    assert "Traceback" not in program.log.read_text()
+    log = program.log.read_text()
+    assert "POST /v1/chat/completions 503 " in log
+    assert "failure=shutting_down" in log
+    assert "Traceback" not in log
 
 
 def test_a_gateway_runs_beside_a_service_and_ends_with_it(script: Script, tiny_folder: Path) -> None:

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..addresses import split
 from ..options import HOST, PORT
-from . import chat, completions, status
+from . import chat, completions, responses, status
 from .backend import Backend
 from .errors import handle_errors
 from .keys import Keys
@@ -48,7 +48,7 @@ def create_app(
     app = FastAPI(title="Chat gateway", description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.gateway = settings
     shows_keys = [Depends(HTTPBearer(auto_error=False, description="An API key, if the gateway has keys."))]
-    for router in (chat.router, completions.router, status.router):
+    for router in (chat.router, completions.router, responses.router, status.router):
         app.include_router(router, dependencies=shows_keys)
     app.include_router(status.open_router)
     handle_errors(app)

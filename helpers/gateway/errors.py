@@ -59,6 +59,10 @@ class ApiError(HTTPException):
         return JSONResponse(self.body(), self.status_code, self.headers)
 
 
+SHUTTING_DOWN = ApiError(503, "The gateway is shutting down. Ask again later.", code="shutting_down")
+"""What the clients see whose answers are not complete when the gateway has waited long enough."""
+
+
 def to_api_error(error: Exception) -> ApiError:
     """Return `error` as the client sees it. The text of an unexpected exception stays inside: it may quote a prompt."""
     if isinstance(error, ApiError):

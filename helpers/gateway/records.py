@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -13,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import CLIENT_CLOSED_REQUEST, to_api_error
+from .errors import CLIENT_CLOSED_REQUEST, SHUTTING_DOWN, to_api_error
 from .metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,10 @@ class RecordRequests:
             if has_started:
                 raise
             await to_api_error(error).response()(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            if has_started:
+                raise
+            await SHUTTING_DOWN.response()(scope, receive, send_with_id)
         finally:
             record.route = getattr(scope.get("route"), "path", record.route)
             self._metrics.add(record)

@@ -18,9 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..errors import HelpersError, ServiceUnavailable
+from ..errors import HelpersError
 from .disconnects import cancel, client_left, unless_client_leaves
-from .errors import to_api_error
+from .errors import SHUTTING_DOWN, ApiError, to_api_error
 from .records import Record, log_without_text, record_of
 
 DONE = format_sse_event(data_str="[DONE]")
@@ -65,7 +65,10 @@ async def stream(
 
 
 class EventStream(Response):
-    """The response of `stream`. It watches the connection, which Starlette's own does only with some servers."""
+    """The response of `stream`. It watches the connection, which Starlette's own does only with some servers.
+
+    If the server cancels it, because it stops and has waited long enough, the stream ends with an error.
+    """
 
     media_type = "text/event-stream"
 
@@ -89,16 +92,17 @@ class EventStream(Response):
         leaving = asyncio.ensure_future(client_left(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-            else:
-                self._record.client_left()
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
-            sending.cancel()  # not awaited: the server cancels this task again in its next step
-            await send(_body(self._failed(ServiceUnavailable("The gateway is shutting down. Ask again later."))))
-            raise
-        finally:
-            await cancel(sending, leaving)
+        except asyncio.CancelledError:
+            # nothing is awaited before the event is sent: the server cancels this task again in its next step
+            await send({**_body(self._failed(SHUTTING_DOWN)), "more_body": False})
+            sending.cancel()
+            leaving.cancel()
+            return
+        if not sending.done():
+            self._record.client_left()
+        await cancel(sending, leaving)
+        if not sending.cancelled():
+            sending.result()  # raises what sending raised
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -131,7 +135,7 @@ class EventStream(Response):
             await self._events.aclose()
 
     def _failed(self, error: Exception) -> bytes:
-        if not isinstance(error, HelpersError):
+        if not isinstance(error, (HelpersError, ApiError)):
             log_without_text(error, self._record)
         self._record.failure = to_api_error(error).details.code or "invalid_request"
         return self._on_error(error)
