@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from helpers.errors import GenerationFailed, InvalidRequest, QueueFull
@@ -437,17 +438,18 @@ def test_no_text_of_a_request_or_an_answer_is_logged(
 def test_the_metrics_count_requests_tokens_and_failures(client: TestClient, scripted: ScriptedService) -> None:
     client.post(CHAT_PATH, json=CHAT)
     client.post(CHAT_PATH, json={**CHAT, "n": -1})
+    client.post(CHAT_PATH, json={**CHAT, "n": 2})
     scripted.script = scripted.fail
     client.post(CHAT_PATH, json={**CHAT, "stream": True})
     lines = client.get("/metrics").text.splitlines()
     for line in (
-        'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="200"} 2.0',
+        'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="200"} 3.0',
         'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="400"} 1.0',
         'gateway_stream_failures_total{code="invalid_request"} 1.0',
-        'gateway_prompt_tokens_total{key=""} 10.0',
-        'gateway_completion_tokens_total{key=""} 5.0',
-        "gateway_time_to_first_token_seconds_count 2.0",
-        "gateway_inter_token_latency_seconds_count 3.0",
+        'gateway_prompt_tokens_total{key=""} 15.0',
+        'gateway_completion_tokens_total{key=""} 11.0',
+        "gateway_time_to_first_token_seconds_count 3.0",
+        "gateway_inter_token_latency_seconds_count 7.0",
         "service_requests_running 0.0",
     ):
         assert line in lines
@@ -462,7 +464,19 @@ def test_the_description_lists_schemas_and_errors(client: TestClient) -> None:
     assert {"200", "400", "401", "413", "429", "503"} <= set(chat["responses"])
     assert "text/event-stream" in chat["responses"]["200"]["content"]
     assert description["components"]["schemas"]["ChatCompletionRequest"]["properties"]["messages"]["items"]
-    assert "scripts" not in client.get("/docs").text
+    assert client.get("/docs").status_code == 404  # that page would load scripts from another site
+    operations = [one for path in description["paths"].values() for one in path.values()]
+    assert not any("422" in operation["responses"] for operation in operations)
+    assert description["components"]["schemas"]["ChatCompletionRequest"]["examples"]
+
+
+def test_a_gateway_can_be_mounted_in_another_app(scripted: ScriptedService) -> None:
+    app = FastAPI()
+    app.mount("/llm", create_app(f"127.0.0.1:{scripted.port}", keys=[KEY]))
+    client = TestClient(app)
+    assert client.post(f"/llm{CHAT_PATH}", json=CHAT).status_code == 401
+    response = client.post(f"/llm{CHAT_PATH}", json=CHAT, headers={"authorization": f"Bearer {KEY}"})
+    assert response.json()["choices"][0]["message"]["content"] == "1:0 1:1 1:2 "
 
 
 # ---- Clients that wait, and clients that leave

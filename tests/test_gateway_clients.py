@@ -258,3 +258,13 @@ def test_many_clients_that_leave_at_once_leave_nothing_behind(
     asyncio.run(leave_all())
     until(lambda: is_idle(tiny_service), "nothing runs or waits")
     assert tiny_service.ask(QUESTION, max_tokens=5).completion_tokens == 5
+
+
+def test_a_client_that_closes_the_connection_after_the_last_event_has_not_left(
+    client: openai.OpenAI, gateway: RunningGateway, model: str
+) -> None:
+    before = len(gateway.records)
+    for _ in range(10):
+        list(client.chat.completions.create(model=model, messages=QUESTION, max_tokens=2, stream=True))
+    gateway.wait_for_records(before + 10)
+    assert [record.status for record in gateway.records[before:]] == [200] * 10

@@ -52,6 +52,7 @@ def create_app(
         app.include_router(router, dependencies=shows_keys)
     app.include_router(status.open_router)
     handle_errors(app)
+    _describe(app)
     app.add_middleware(RecordRequests, metrics=settings.metrics)
     if cors:
         app.add_middleware(
@@ -62,3 +63,13 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Leave FastAPI's status 422 out of the description: a wrong value is a 400, as with OpenAI."""
+    description = app.openapi()  # FastAPI keeps it
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)

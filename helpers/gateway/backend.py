@@ -62,18 +62,18 @@ class Backend:
         return self._model
 
     async def generate(
-        self, requests: Sequence[ChatFields | PromptFields], record: Record
+        self, requests: Sequence[ChatFields | PromptFields], record: Record, *, n: int = 1
     ) -> AsyncGenerator[Piece, None]:
         """Send all requests at once, and yield the pieces of their answers as they arrive.
 
-        Requests with the same prompt share its KV cache in the service. If one of them fails, cancel the others and
-        raise its exception of `helpers.errors`. If the generator is closed, all generation stops.
+        Each `n` requests have the same prompt, and share its KV cache in the service. If a request fails, cancel the
+        others and raise its exception of `helpers.errors`. If the generator is closed, all generation stops.
         """
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
         async def read(choice: int, request: ChatFields | PromptFields) -> None:
             try:
-                async for piece in self._pieces(choice, request, record):
+                async for piece in self._pieces(choice, request, record, counts_prompt=choice % n == 0):
                     pieces.put_nowait(piece)
             except Exception as error:
                 if isinstance(error, ServiceUnavailable) and not isinstance(error, QueueFull):
@@ -88,6 +88,7 @@ class Backend:
                 if isinstance(piece, Exception):
                     raise piece
                 unfinished -= piece.answer is not None
+                record.is_answered = not unfinished
                 yield piece
         finally:
             for reader in readers:
@@ -95,22 +96,23 @@ class Backend:
             await asyncio.gather(*readers, return_exceptions=True)
 
     async def _pieces(
-        self, choice: int, request: ChatFields | PromptFields, record: Record
+        self, choice: int, request: ChatFields | PromptFields, record: Record, *, counts_prompt: bool
     ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of one answer, and count its tokens as they arrive: the client may leave at any time."""
         answer = Answer(Call(endpoint_of(request), request, OutputFields, self.host, self.port))
         counted, arrived_at = 0, 0.0
         async with aclosing(answer.__aiter__()) as texts:
             async for text in texts:
                 if counted:
                     record.intervals.append(time.perf_counter() - arrived_at)
+                elif counts_prompt:
+                    record.prompt_tokens += answer.prompt_tokens or 0
                 arrived_at = time.perf_counter()
                 record.token_arrived()
-                record.prompt_tokens += 0 if counted else answer.prompt_tokens or 0
                 record.completion_tokens += answer.completion_tokens - counted
                 counted = answer.completion_tokens
                 yield Piece(choice, text)
-        record.prompt_tokens += 0 if counted else answer.prompt_tokens or 0
-        record.completion_tokens += answer.completion_tokens - counted
+        record.completion_tokens += answer.completion_tokens - counted  # the last ones may have no text
         yield Piece(choice, "", answer)
 
     def _is_unavailable(self, reason: str) -> None:

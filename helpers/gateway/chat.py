@@ -45,6 +45,11 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(ChoicesRequest):
     """A request to `/v1/chat/completions`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "smollm2", "messages": [{"role": "user", "content": "What is a token?"}]}]
+        }
+    )
     NO_EFFECT = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -120,7 +125,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     """Answer a dialog, at once or as a stream."""
     settings = settings_of(request)
     model = await served_model(body.model, settings)
-    pieces = settings.backend.generate(body.requests(model.context_length), record_of(request))
+    pieces = settings.backend.generate(body.requests(model.context_length), record_of(request), n=body.n)
     if body.stream:
         chunks = _chunks(pieces, body, new_head("chatcmpl", "chat.completion.chunk", body.model))
         return await sse.stream(request, chunks, keep_alive=settings.keep_alive)

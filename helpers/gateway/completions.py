@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..answer import Answer
 from ..client import build_request
@@ -28,6 +28,9 @@ router = APIRouter(route_class=GuardedRoute)
 class CompletionRequest(ChoicesRequest):
     """A request to `/v1/completions`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "smollm2", "prompt": "A token is", "max_tokens": 20}]}
+    )
     NO_EFFECT = {
         "best_of": (1,),
         "echo": (False,),
@@ -96,7 +99,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Any:
     """Continue the raw text of a prompt, at once or as a stream."""
     settings = settings_of(request)
     await served_model(body.model, settings)
-    pieces = settings.backend.generate(body.requests(), record_of(request))
+    pieces = settings.backend.generate(body.requests(), record_of(request), n=body.n)
     head = new_head("cmpl", "text_completion", body.model)
     if body.stream:
         return await sse.stream(request, _chunks(pieces, body, head), keep_alive=settings.keep_alive)

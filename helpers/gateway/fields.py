@@ -47,10 +47,19 @@ class GenerationRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         present = {name: value for name, value in given.items() if value is not None}
-        for name in present.keys() - cls.model_fields.keys() - _LABELS:
+        for name in sorted(present.keys() - cls.model_fields.keys() - _LABELS):
             if not any(_is_same(present[name], value) for value in cls.NO_EFFECT.get(name, ())):
                 raise UnsupportedField(name)
         return {name: value for name, value in present.items() if name in cls.model_fields}
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    include_usage: bool = False
+    """Send a last chunk with the usage, and no choices."""
 
 
 class ChoicesRequest(GenerationRequest):
@@ -78,18 +87,6 @@ class ChoicesRequest(GenerationRequest):
     def wants_usage(self) -> bool:
         """Return whether a stream ends with a chunk that carries the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class StreamOptions(BaseModel):
-    """Options of a stream."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
-
-    include_usage: bool = False
-    """Send a last chunk with the usage, and no choices."""
-
-
-ChoicesRequest.model_rebuild()
 
 
 async def served_model(name: str, settings: Settings) -> ModelFields:

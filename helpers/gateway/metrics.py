@@ -67,9 +67,9 @@ class Metrics:
         """Count a request that has ended."""
         method = record.method if record.method in _METHODS else "other"
         self._requests.labels(method, record.route, str(record.status), record.key).inc()
-        self._prompt_tokens.labels(record.key).inc(record.prompt_tokens)
-        self._completion_tokens.labels(record.key).inc(record.completion_tokens)
         if record.first_token is not None:
+            self._prompt_tokens.labels(record.key).inc(record.prompt_tokens)
+            self._completion_tokens.labels(record.key).inc(record.completion_tokens)
             self._first_token.observe(record.first_token)
         for interval in record.intervals:
             self._intervals.observe(interval)

@@ -20,6 +20,8 @@ from .metrics import Metrics
 log = logging.getLogger(__name__)
 
 _IN_SCOPE = "helpers.gateway.record"
+_QUIET = ("/health", "/ready", "/metrics")
+"""Routes that programs ask again and again. The log has only their failures."""
 _REQUEST_ID = "x-request-id"
 
 
@@ -31,6 +33,7 @@ class Record:
     - `key`: the name of the API key.
     - `intervals`: seconds between two pieces of text of one answer.
     - `failure`: OpenAI's code of an error in the middle of a stream, whose status is 200.
+    - `is_answered`: all answers are complete.
     """
 
     request_id: str
@@ -44,6 +47,7 @@ class Record:
     first_token: float | None = None
     intervals: list[float] = field(default_factory=list)
     failure: str | None = None
+    is_answered: bool = False
 
     def client_left(self) -> None:
         """Note that the client left before its answer was complete."""
@@ -109,7 +113,8 @@ class RecordRequests:
         finally:
             record.route = getattr(scope.get("route"), "path", record.route)
             self._metrics.add(record)
-            log.info("%s", record.line())
+            is_quiet = record.route in _QUIET and record.status == 200
+            log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", record.line())
 
 
 def _request_id(headers: Headers) -> str:

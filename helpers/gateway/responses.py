@@ -49,6 +49,7 @@ class InputMessage(BaseModel):
 class ResponseRequest(GenerationRequest):
     """A request to `/v1/responses`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "smollm2", "input": "What is a token?"}]})
     NO_EFFECT = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),

@@ -22,7 +22,6 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorReply, "description": "The body arrived too slowly."},
     413: {"model": ErrorReply, "description": "The body is too large."},
     415: {"model": ErrorReply, "description": "The body is not JSON."},
-    422: {"model": ErrorReply, "description": "Never sent: a wrong value is a 400, as with OpenAI."},
     429: {"model": ErrorReply, "description": "The queue is full. Retry-After says when to ask again."},
     500: {"model": ErrorReply, "description": "The model or the gateway failed."},
     503: {"model": ErrorReply, "description": "The service behind the gateway does not answer."},

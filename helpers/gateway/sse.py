@@ -98,7 +98,7 @@ class EventStream(Response):
             sending.cancel()
             leaving.cancel()
             return
-        if not sending.done():
+        if not (sending.done() or self._record.is_answered):  # some clients close the connection right after [DONE]
             self._record.client_left()
         await cancel(sending, leaving)
         if not sending.cancelled():
