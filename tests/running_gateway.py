@@ -12,6 +12,7 @@ import uvicorn
 from eventually import until
 from helpers.gateway import create_app
 from helpers.gateway.records import Record
+from helpers.gateway.server import configure
 from helpers.processes import port_to_listen_on
 
 
@@ -42,9 +43,8 @@ def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGatewa
         gateway.records.append(record)
 
     metrics.add = add_and_keep
-    config = uvicorn.Config(
-        app, port=gateway.port, http="h11", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1
-    )
+    config = configure(app, host="127.0.0.1", port=gateway.port)
+    config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

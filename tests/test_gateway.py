@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from helpers.errors import GenerationFailed, InvalidRequest, QueueFull
 from helpers.gateway import Keys, create_app
+from helpers.gateway.server import HttpProtocol
 from running_gateway import RunningGateway, running_gateway
 from scripted_service import ScriptedService, failed, last, tokens
 
@@ -509,3 +512,76 @@ def test_if_the_client_leaves_the_service_is_told(
     (record,) = gateway.wait_for_records(1)
     assert record.status == 499
     scripted.resume.set()  # the service's threads end, because their connections are closed
+
+
+# ---- Connections
+
+
+@pytest.mark.parametrize("begin", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx-slow: "])
+def test_a_connection_whose_headers_never_end_is_closed(
+    scripted: ScriptedService, monkeypatch: pytest.MonkeyPatch, begin: bytes
+) -> None:
+    monkeypatch.setattr(HttpProtocol, "SECONDS_FOR_HEADERS", 0.2)
+    with running_gateway(scripted.port) as gateway, connect(gateway) as connection:
+        connection.sendall(begin)
+        assert connection.recv(1000) == b""
+
+
+def test_a_long_answer_is_not_cut_by_the_time_for_headers(
+    scripted: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HttpProtocol, "SECONDS_FOR_HEADERS", 0.05)
+    scripted.script = scripted.half
+    with (
+        running_gateway(scripted.port, keep_alive=0.02) as gateway,
+        httpx.stream("POST", f"{gateway.root}{CHAT_PATH}", json={**CHAT, "stream": True}, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        comments = (line for line in lines if line.startswith(":"))
+        for _ in range(10):
+            next(comments)
+        scripted.resume.set()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_headers_that_are_too_long_are_refused(gateway: RunningGateway) -> None:
+    with connect(gateway) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\nx-long: " + b"a" * 100_000)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_body_that_does_not_arrive_in_time_is_refused(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helpers.gateway.guard.SECONDS_FOR_BODY", 0.1)
+    with connect(gateway) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_reads_nothing_has_left(
+    scripted: ScriptedService, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helpers.gateway.sse.SECONDS_TO_READ", 0.2)
+    body = json.dumps({**CHAT, "stream": True, "max_tokens": 10**6}).encode()
+    with connect(gateway) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            + f"content-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        (record,) = gateway.wait_for_records(1)
+    assert record.status == 499
+
+
+def test_idle_connections_do_not_hold_up_others(gateway: RunningGateway) -> None:
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(connect(gateway)).sendall(b"GET /health HTTP/1.1\r\n")
+        assert httpx.post(f"{gateway.root}{CHAT_PATH}", json=CHAT, timeout=60).status_code == 200
+
+
+def connect(gateway: RunningGateway) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", gateway.port), timeout=60)

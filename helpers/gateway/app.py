@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -45,14 +46,13 @@ def create_app(
         keep_alive=keep_alive,
     )
     # no pages of documentation: they load scripts from another site
-    app = FastAPI(title="Chat gateway", description=_DESCRIPTION, docs_url=None, redoc_url=None)
+    app = _Gateway(title="Chat gateway", description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.gateway = settings
     shows_keys = [Depends(HTTPBearer(auto_error=False, description="An API key, if the gateway has keys."))]
     for router in (chat.router, completions.router, responses.router, status.router):
         app.include_router(router, dependencies=shows_keys)
     app.include_router(status.open_router)
     handle_errors(app)
-    _describe(app)
     app.add_middleware(RecordRequests, metrics=settings.metrics)
     if cors:
         app.add_middleware(
@@ -65,11 +65,16 @@ def create_app(
     return app
 
 
-def _describe(app: FastAPI) -> None:
-    """Leave FastAPI's status 422 out of the description: a wrong value is a 400, as with OpenAI."""
-    description = app.openapi()  # FastAPI keeps it
-    for operations in description["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        description["components"]["schemas"].pop(name, None)
+class _Gateway(FastAPI):
+    """FastAPI without its status 422, in the description too: a wrong value is a 400, as with OpenAI."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI description."""
+        if not self.openapi_schema:
+            description = super().openapi()  # FastAPI keeps it
+            for operations in description["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                description["components"]["schemas"].pop(name, None)
+        return super().openapi()

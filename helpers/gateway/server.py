@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import sys
@@ -12,6 +13,7 @@ from socket import socket
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..addresses import clean_host, is_loopback, join
 from ..errors import InvalidRequest
@@ -36,11 +38,23 @@ def run(app: FastAPI, *, host: str, port: int, certificate: Path | None, key: Pa
     if not (is_loopback(host) or app.state.gateway.keys):
         log = logging.getLogger(__name__)
         log.warning("The gateway has no keys, and listens on %s: everyone who reaches it may use the model.", host)
-    config = uvicorn.Config(
+    server = _Server(configure(app, host=host, port=port, certificate=certificate, key=key))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
+    if parent is not None:
+        call_when_parent_ends(parent, server.stop)
+    server.run()
+
+
+def configure(
+    app: FastAPI, *, host: str, port: int, certificate: Path | None = None, key: Path | None = None
+) -> uvicorn.Config:
+    """Return uvicorn's settings."""
+    return uvicorn.Config(
         app,
         host=host,
         port=port,
-        http="h11",  # it limits the size of headers
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -51,12 +65,35 @@ def run(app: FastAPI, *, host: str, port: int, certificate: Path | None, key: Pa
         ssl_certfile=certificate,
         ssl_keyfile=None if key is None else str(key),
     )
-    server = _Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.handle_exit)
-    if parent is not None:
-        call_when_parent_ends(parent, server.stop)
-    server.run()
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 for one connection. It closes a connection whose next headers do not arrive in time.
+
+    h11 refuses headers of more than 64 KiB.
+    """
+
+    SECONDS_FOR_HEADERS = 30.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to wait for headers."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(self.SECONDS_FOR_HEADERS, self._close_if_idle)
+
+    def on_response_complete(self) -> None:
+        """Start to wait for the next headers."""
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(self.SECONDS_FOR_HEADERS, self._close_if_idle)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
