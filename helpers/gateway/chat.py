@@ -17,7 +17,7 @@ from ..messages import plain_messages
 from . import sse
 from .backend import Piece
 from .disconnects import unless_client_leaves
-from .fields import ChoicesRequest, default_max_tokens, served_model
+from .fields import MAX_TOKENS, ChoicesRequest, default_max_tokens, served_model
 from .guard import GuardedRoute
 from .records import record_of
 from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
@@ -39,7 +39,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart]
 
 
 class ChatCompletionRequest(ChoicesRequest):
@@ -70,9 +70,9 @@ class ChatCompletionRequest(ChoicesRequest):
     # checked by `plain_messages`, whose refusals name the message
     messages: SkipValidation[list[ChatMessage]]
     """An optional system message, then user and assistant messages in turn. The last one is the user's."""
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """The maximum number of tokens in an answer."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """OpenAI's older name of `max_completion_tokens`."""
 
     def requests(self, context_length: int) -> list[ChatFields | PromptFields]:
@@ -125,7 +125,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     """Answer a dialog, at once or as a stream."""
     settings = settings_of(request)
     model = await served_model(body.model, settings)
-    pieces = settings.backend.generate(body.requests(model.context_length), record_of(request), n=body.n)
+    pieces = settings.backend.generate(body.requests(model.context_length), record_of(request), n=body.choices)
     if body.stream:
         chunks = _chunks(pieces, body, new_head("chatcmpl", "chat.completion.chunk", body.model))
         return await sse.stream(request, chunks, keep_alive=settings.keep_alive)
@@ -135,7 +135,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         for index, answer in enumerate(answers)
     ]
     head = new_head("chatcmpl", "chat.completion", body.model)
-    return {**head, "choices": choices, "usage": usage_of(answers, n=body.n)}
+    return {**head, "choices": choices, "usage": usage_of(answers, n=body.choices)}
 
 
 async def _chunks(
@@ -162,6 +162,6 @@ async def _chunks(
                 answers[piece.choice] = piece.answer
                 yield chunk(piece.choice, {}, piece.answer.finish_reason)
     if body.wants_usage:
-        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.n)
+        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)
         yield sse.event({**head, "choices": [], "usage": usage.model_dump()})
     yield sse.DONE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -16,11 +16,14 @@ from ..fields import ChatFields, PromptFields
 from . import sse
 from .backend import Piece
 from .disconnects import unless_client_leaves
-from .fields import MAX_CHOICES, ChoicesRequest, served_model
+from .fields import MAX_CHOICES, MAX_TOKENS, ChoicesRequest, served_model
 from .guard import GuardedRoute
 from .records import record_of
 from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
 from .settings import settings_of
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -40,10 +43,10 @@ class CompletionRequest(ChoicesRequest):
         "frequency_penalty": (0,),
     }
 
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
     """The raw text of a prompt, exactly as the model reads it, or a list of them. Token ids are not supported."""
-    max_tokens: int = Field(16, ge=1)
-    """The maximum number of tokens in an answer. OpenAI's default."""
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """The maximum number of tokens in an answer: 16, if it is null, as for OpenAI."""
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -60,12 +63,14 @@ class CompletionRequest(ChoicesRequest):
 
     def requests(self) -> list[ChatFields | PromptFields]:
         """Return a request to the service for each choice: `n` for the first prompt, `n` for the second, and so on."""
-        if (count := self.n * len(self.prompts)) > MAX_CHOICES:
+        if (count := self.choices * len(self.prompts)) > MAX_CHOICES:
             raise InvalidRequest(f"The request asks for {count} answers. Ask for at most {MAX_CHOICES}.")
         return [
             request
             for prompt in self.prompts
-            for request in self.repeat(build_request(prompt=prompt, max_tokens=self.max_tokens, **self.sampling()))
+            for request in self.repeat(
+                build_request(prompt=prompt, max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS, **self.sampling())
+            )
         ]
 
 
@@ -99,7 +104,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Any:
     """Continue the raw text of a prompt, at once or as a stream."""
     settings = settings_of(request)
     await served_model(body.model, settings)
-    pieces = settings.backend.generate(body.requests(), record_of(request), n=body.n)
+    pieces = settings.backend.generate(body.requests(), record_of(request), n=body.choices)
     head = new_head("cmpl", "text_completion", body.model)
     if body.stream:
         return await sse.stream(request, _chunks(pieces, body, head), keep_alive=settings.keep_alive)
@@ -108,7 +113,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Any:
         {"index": index, "text": answer.text, "finish_reason": answer.finish_reason}
         for index, answer in enumerate(answers)
     ]
-    return {**head, "choices": choices, "usage": usage_of(answers, n=body.n)}
+    return {**head, "choices": choices, "usage": usage_of(answers, n=body.choices)}
 
 
 async def _chunks(
@@ -126,6 +131,6 @@ async def _chunks(
             one = {"index": piece.choice, "text": piece.text, "logprobs": None, "finish_reason": finish_reason}
             yield sse.event({**head, "choices": [one]})
     if body.wants_usage:
-        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.n)
+        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)
         yield sse.event({**head, "choices": [], "usage": usage.model_dump()})
     yield sse.DONE

@@ -17,6 +17,8 @@ from .settings import Settings
 
 MAX_CHOICES = 16
 """Answers that one request may ask for."""
+MAX_TOKENS = 2**31 - 1
+"""The wire's limit."""
 DEFAULT_MAX_TOKENS = 1024
 """Without `max_tokens`, an answer to a dialog has at most so many tokens, and at most half of the context window."""
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
@@ -34,7 +36,7 @@ class GenerationRequest(BaseModel):
 
     model: str
     """A name that `/v1/models` lists."""
-    stream: bool = False
+    stream: bool | None = None
     """Send the answer as server-sent events while it is generated."""
     temperature: float | None = Field(None, ge=0, le=2)
     """From 0 (the default here: always the most likely token) to 2."""
@@ -58,7 +60,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     """Send a last chunk with the usage, and no choices."""
 
 
@@ -70,23 +72,28 @@ class ChoicesRequest(GenerationRequest):
     """Makes a sample repeatable. Choice number i uses seed + i. Only its lowest 31 bits count."""
     stop: str | list[str] | None = None
     """The answer ends before the first of these texts."""
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    """How many answers to generate. They share the prompt's KV cache."""
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """How many answers to generate: 1, if it is null. They share the prompt's KV cache."""
 
     def sampling(self) -> dict[str, Any]:
         """Return the arguments of `helpers.client.build_request` that all answers share."""
         return {"temperature": self.temperature, "top_p": self.top_p, "stop": self.stop}
 
     def repeat(self, request: ChatFields | PromptFields) -> list[ChatFields | PromptFields]:
-        """Return the request to the service for each of the `n` answers: they differ in their seeds."""
+        """Return the request to the service for each answer to one prompt: they differ in their seeds."""
         if self.seed is None:
-            return [request] * self.n
-        return [request.model_copy(update={"seed": (self.seed + choice) % 2**31}) for choice in range(self.n)]
+            return [request] * self.choices
+        return [request.model_copy(update={"seed": (self.seed + choice) % 2**31}) for choice in range(self.choices)]
+
+    @property
+    def choices(self) -> int:
+        """Return how many answers each prompt gets."""
+        return self.n or 1
 
     @property
     def wants_usage(self) -> bool:
         """Return whether a stream ends with a chunk that carries the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 async def served_model(name: str, settings: Settings) -> ModelFields:

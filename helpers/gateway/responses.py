@@ -20,7 +20,7 @@ from . import sse
 from .backend import Piece
 from .disconnects import unless_client_leaves
 from .errors import to_api_error
-from .fields import GenerationRequest, default_max_tokens, served_model
+from .fields import MAX_TOKENS, GenerationRequest, default_max_tokens, served_model
 from .guard import GuardedRoute
 from .records import record_of
 from .results import also_streams, complete
@@ -41,7 +41,7 @@ class InputMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[InputPart]
 
@@ -69,7 +69,7 @@ class ResponseRequest(GenerationRequest):
     """A question, or the messages of a dialog."""
     instructions: str | None = None
     """The system prompt. It comes before a system message of the input."""
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """The maximum number of tokens in the answer."""
     metadata: dict[str, str] | None = None
     """Labels, which the reply repeats."""

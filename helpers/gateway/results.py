@@ -31,7 +31,8 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 
 def also_streams(example: str) -> dict[int | str, dict[str, Any]]:
     """Return the responses of a route that also sends server-sent events, for the OpenAPI description."""
-    content = {"text/event-stream": {"schema": {"type": "string"}, "example": example}}
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+    content = {"text/event-stream": {"itemSchema": event, "example": example}}
     return {200: {"content": content, "description": "The answer; with `stream`, server-sent events."}, **FAILURES}
 
 
