@@ -561,6 +561,15 @@ def test_a_body_that_does_not_arrive_in_time_is_refused(
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_client_that_leaves_before_its_body_is_complete_has_left(gateway: RunningGateway) -> None:
+    with connect(gateway) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+        )
+    (record,) = gateway.wait_for_records(1)
+    assert record.status == 499
+
+
 def test_a_client_that_reads_nothing_has_left(
     scripted: ScriptedService, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

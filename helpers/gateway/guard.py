@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
-from .errors import ApiError
+from .errors import CLIENT_CLOSED_REQUEST, ApiError
 from .records import record_of
 from .settings import settings_of
 
@@ -31,6 +32,8 @@ class LimitedRequest(Request):
                 raise ApiError(
                     408, f"The body did not arrive within {SECONDS_FOR_BODY} s. Send it faster.", code="timeout"
                 ) from None
+            except ClientDisconnect:
+                raise ApiError(CLIENT_CLOSED_REQUEST, "The client left.") from None
         return self._body
 
     async def json(self) -> Any:

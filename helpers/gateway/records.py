@@ -102,10 +102,9 @@ class RecordRequests:
             with self._metrics.in_progress.track_inprogress():
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
-            log_without_text(error, record)
-            if has_started:
-                raise
-            await to_api_error(error).response()(scope, receive, send_with_id)
+            log_without_text(error, record)  # not raised: the server would log its text
+            if not has_started:
+                await to_api_error(error).response()(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server stops, and has waited long enough
             if has_started:
                 raise
