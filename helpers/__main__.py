@@ -1,4 +1,4 @@
-"""The command line: ``python -m helpers check | ask | chat | serve``.
+"""The command line: ``python -m helpers check | ask | chat | serve | gateway``.
 
 Each command imports its modules when it runs, so a service starts before this process imports the client.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .addresses import clean_host, host_to_ask, join, split
 from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
 from .memory import PRECISIONS, check_precision
@@ -89,18 +90,57 @@ def chat(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """Run a service in the foreground until Ctrl-C."""
     check_precision(options.precision)
-    from .server import run
+    with _gateway_beside(options):
+        from .server import run
+
+        run(
+            options.model,
+            options.precision,
+            host=options.host,
+            port=options.port,
+            engine_args=options.engine_args,
+            parent=options.parent,
+            log=options.log,
+        )
+    return 0
+
+
+def gateway(options: argparse.Namespace) -> int:
+    """Run OpenAI's HTTP API in front of a service, until Ctrl-C."""
+    from .gateway import Keys, create_app
+    from .gateway.server import run
 
     run(
-        options.model,
-        options.precision,
+        create_app(options.service, keys=Keys.load(options.keys), cors=options.cors),
         host=options.host,
         port=options.port,
-        engine_args=options.engine_args,
+        certificate=options.ssl_certfile,
+        key=options.ssl_keyfile,
         parent=options.parent,
-        log=options.log,
     )
     return 0
+
+
+def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a gateway runs beside the service, if ``--http`` asks for one.
+
+    Raise before anything is started if the gateway could not start. Set a free port for ``--port 0``.
+    """
+    if options.http is None:
+        return contextlib.nullcontext()
+    from .gateway.keys import Keys
+    from .gateway.process import beside
+    from .processes import port_to_listen_on
+    from .service import program_of
+
+    options.port = port_to_listen_on(clean_host(options.host), options.port)
+    host, port = split(options.http if ":" in options.http else f"{HOST}:{options.http}")
+    Keys.load(options.keys)
+    arguments = ["--host", host, "--port", str(port_to_listen_on(host, port))]
+    arguments += ["--keys", str(options.keys)] if options.keys else []
+    arguments += [word for origin in options.cors for word in ("--cors", origin)]
+    service = join(host_to_ask(options.host), options.port)
+    return beside(service, arguments, program=program_of("__main__"))
 
 
 def _question(argument: str | None) -> str:
@@ -162,7 +202,7 @@ _OPTION = re.compile(r"-h?|--[a-z-]*(=\S*)?")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m helpers", description="Run a chat model on this machine: check, ask, chat, serve."
+        prog="python -m helpers", description="Run a chat model on this machine: check, ask, chat, serve, gateway."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -203,12 +243,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(chat, parents=[request], help="chat in the terminal")
 
-    service = add(serve, parents=[model], help="run a service")
+    public = argparse.ArgumentParser(add_help=False)
+    public.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one on each line (default: none)")
+    public.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="may call from a browser")
+
+    service = add(serve, parents=[model, public], help="run a service")
     service.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     service.add_argument("--port", type=int, default=PORT, help="0 takes any free port (default: %(default)s)")
     EngineArgs.add_to(service)
-    service.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    service.add_argument("--http", metavar="[HOST:]PORT", help="run a gateway too, with OpenAI's HTTP API")
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)
+
+    http = add(gateway, parents=[public], help="run OpenAI's HTTP API in front of a service")
+    http.add_argument("--service", default=f"{HOST}:{PORT}", metavar="HOST:PORT", help="default: %(default)s")
+    http.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
+    http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
+    http.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="the certificate for HTTPS")
+    http.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="the certificate's key")
+    for one in (service, http):
+        one.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -42,6 +42,15 @@ def join(host: str, port: int) -> str:
     return f"{bracketed(host)}:{port}"
 
 
+def split(address: str) -> tuple[str, int]:
+    """Return the host and the port of ``host:port``, as `join` writes it. Raise `InvalidRequest` if it is not that."""
+    host, colon, port = address.strip().rpartition(":")
+    is_open = ":" in host and not host.startswith("[")
+    if not colon or is_open or not (port.isascii() and port.isdecimal() and int(port[:6]) <= 65535):
+        raise InvalidRequest(f"{address!r} is not HOST:PORT. Write it like 127.0.0.1:12345 or [::1]:12345.")
+    return clean_host(host), int(port)
+
+
 def bracketed(host: str) -> str:
     """Return `host` as it stands in front of a port: an IPv6 address in brackets, any other host as it is."""
     return f"[{host}]" if ":" in host else host

@@ -50,6 +50,11 @@ sys.exit(main())
 option ``-P`` does that too, but not in Python 3.10."""
 
 
+def program_of(module: str) -> str:
+    """Return the code for ``python -c`` that runs `main` of a module of this package, wherever the package is."""
+    return _PROGRAM.format(project=str(Path(__file__).parents[1]), module=module)
+
+
 def ready_line(host: str, port: int) -> str:
     """Return the line that a service's process prints when it is ready: the one sign of readiness."""
     return f"Ready on {join(host, port)}. Ctrl-C stops the service."
@@ -111,7 +116,7 @@ class Service:
         self.host = host_to_ask(host)
         self.port = port
         environment = _environment()
-        program = _PROGRAM.format(project=str(Path(__file__).parents[1]), module=module)
+        program = program_of(module)
         self._owner = os.getpid()
         self.log = _folder_for_log() / "service.log"
         watched = ["--port", str(port), "--parent", str(os.getpid()), "--log", str(self.log)]

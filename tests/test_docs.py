@@ -19,7 +19,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "notebooks/README.md",
 ]
-COMMANDS = ("check", "ask", "chat", "serve")
+COMMANDS = ("check", "ask", "chat", "serve", "gateway")
 OF_OTHER_PROGRAMS = {"--quick", "--continuous-batching"}  # benchmarks/bench.py, transformers serve
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -95,7 +95,7 @@ def test_the_map_of_the_code_names_only_what_exists() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text[text.index("## Map of the code") : text.index("## Write")]
     rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-    places = re.findall(r"`([a-z_]+)\.([A-Za-z_]+(?:\.\w+)?)`", rows)
+    places = re.findall(r"`([a-z_/]+)\.([A-Za-z_]+(?:\.\w+)?)`", rows)
     assert len(places) > 30
     for module, name in places:
         assert name in names_in(ROOT / "helpers" / f"{module}.py"), f"{module}.{name}"
@@ -112,7 +112,7 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
 def test_every_name_of_the_package_that_a_page_uses_exists(page: Path) -> None:
     for code in code_of(page):
         for name in re.findall(r"(?<![\w./-])helpers\.([A-Za-z]\w*)", code):
-            is_module = (ROOT / "helpers" / f"{name}.py").exists()
+            is_module = any((ROOT / "helpers" / f"{name}{end}").exists() for end in (".py", "/__init__.py"))
             assert is_module or name in helpers.__all__, f"{page.name}: helpers.{name}"
 
 

@@ -1,0 +1,80 @@
+"""Put a gateway together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
+
+from ..addresses import split
+from ..options import HOST, PORT
+from . import chat, completions, responses, status
+from .backend import Backend
+from .errors import handle_errors
+from .keys import Keys
+from .records import RecordRequests
+from .settings import KEEP_ALIVE, MAX_BODY, Settings
+
+_DESCRIPTION = "OpenAI's API for one chat model. Fields that are not supported are refused by name."
+
+
+def create_app(
+    service: str = f"{HOST}:{PORT}",
+    *,
+    keys: Keys | Iterable[str] = (),
+    cors: Sequence[str] = (),
+    max_body: int = MAX_BODY,
+    keep_alive: float = KEEP_ALIVE,
+) -> FastAPI:
+    """Return OpenAI's API for the service at ``HOST:PORT``, as an ASGI app. It may be mounted in another app.
+
+    - `keys`: the API keys, as `Keys` reads them. Without any, every request may pass.
+    - `cors`: the origins, such as ``https://chat.example.org``, whose pages may call the gateway from a browser.
+    - `max_body`: the maximum number of bytes in a request's body.
+    - `keep_alive`: the seconds after which a silent stream sends a comment.
+
+    The service need not run yet: until it answers, requests get status 503. Raise `InvalidRequest` for an address that
+    is not one, and for keys that `Keys` refuses.
+    """
+    settings = Settings(
+        backend=Backend(*split(service)),
+        keys=keys if isinstance(keys, Keys) else Keys(keys),
+        max_body=max_body,
+        keep_alive=keep_alive,
+    )
+    # no pages of documentation: they load scripts from another site
+    app = _Gateway(title="Chat gateway", description=_DESCRIPTION, docs_url=None, redoc_url=None)
+    app.state.gateway = settings
+    shows_keys = [Depends(HTTPBearer(auto_error=False, description="An API key, if the gateway has keys."))]
+    for router in (chat.router, completions.router, responses.router, status.router):
+        app.include_router(router, dependencies=shows_keys)
+    app.include_router(status.open_router)
+    handle_errors(app)
+    app.add_middleware(RecordRequests, metrics=settings.metrics)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app
+
+
+class _Gateway(FastAPI):
+    """FastAPI without its status 422, in the description too: a wrong value is a 400, as with OpenAI."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI description."""
+        if not self.openapi_schema:
+            description = super().openapi()  # FastAPI keeps it
+            for operations in description["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                description["components"]["schemas"].pop(name, None)
+        return super().openapi()

@@ -1,0 +1,167 @@
+"""``POST /v1/chat/completions``: answer a dialog."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+
+from ..answer import Answer
+from ..client import build_request
+from ..errors import InvalidRequest
+from ..fields import ChatFields, PromptFields
+from ..messages import plain_messages
+from . import sse
+from .backend import Piece
+from .disconnects import unless_client_leaves
+from .fields import MAX_TOKENS, ChoicesRequest, default_max_tokens, served_model
+from .guard import GuardedRoute
+from .records import record_of
+from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
+from .settings import settings_of
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+class TextPart(BaseModel):
+    """A part of a message's content. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message. `developer` is another name for `system`. Other fields, such as `name`, have no effect."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+class ChatCompletionRequest(ChoicesRequest):
+    """A request to `/v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "smollm2", "messages": [{"role": "user", "content": "What is a token?"}]}]
+        }
+    )
+    NO_EFFECT = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "logit_bias": ({},),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "reasoning_effort": ("none",),
+        "store": (False,),
+    }
+
+    # checked by `plain_messages`, whose refusals name the message
+    messages: SkipValidation[list[ChatMessage]]
+    """An optional system message, then user and assistant messages in turn. The last one is the user's."""
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """The maximum number of tokens in an answer."""
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """OpenAI's older name of `max_completion_tokens`."""
+
+    def requests(self, context_length: int) -> list[ChatFields | PromptFields]:
+        """Return a request to the service for each choice. Raise `InvalidRequest`."""
+        given = {self.max_completion_tokens, self.max_tokens} - {None}
+        if len(given) > 1:
+            raise InvalidRequest("max_tokens and max_completion_tokens differ. Leave max_tokens out.")
+        max_tokens = given.pop() if given else default_max_tokens(context_length)
+        return self.repeat(build_request(plain_messages(self.messages), max_tokens=max_tokens, **self.sampling()))
+
+
+class AnswerMessage(BaseModel):
+    """The model's answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of the answers."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """The reply of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+_EXAMPLE = sse.event({"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]}).decode()
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=also_streams(_EXAMPLE),
+    summary="Answer a dialog",
+)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
+    """Answer a dialog, at once or as a stream."""
+    settings = settings_of(request)
+    model = await served_model(body.model, settings)
+    pieces = settings.backend.generate(body.requests(model.context_length), record_of(request), n=body.choices)
+    if body.stream:
+        chunks = _chunks(pieces, body, new_head("chatcmpl", "chat.completion.chunk", body.model))
+        return await sse.stream(request, chunks, keep_alive=settings.keep_alive)
+    answers = await unless_client_leaves(request, complete(pieces))
+    choices = [
+        {"index": index, "message": {"content": answer.text}, "finish_reason": answer.finish_reason}
+        for index, answer in enumerate(answers)
+    ]
+    head = new_head("chatcmpl", "chat.completion", body.model)
+    return {**head, "choices": choices, "usage": usage_of(answers, n=body.choices)}
+
+
+async def _chunks(
+    pieces: AsyncGenerator[Piece, None], body: ChatCompletionRequest, head: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a stream."""
+    if body.wants_usage:
+        head["usage"] = None
+
+    def chunk(choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
+        one = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return sse.event({**head, "choices": [one]})
+
+    begun: set[int] = set()
+    answers: dict[int, Answer] = {}
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if piece.choice not in begun:
+                begun.add(piece.choice)
+                yield chunk(piece.choice, {"role": "assistant", "content": ""})
+            if piece.answer is None:
+                yield chunk(piece.choice, {"content": piece.text})
+            else:
+                answers[piece.choice] = piece.answer
+                yield chunk(piece.choice, {}, piece.answer.finish_reason)
+    if body.wants_usage:
+        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)
+        yield sse.event({**head, "choices": [], "usage": usage.model_dump()})
+    yield sse.DONE

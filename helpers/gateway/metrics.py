@@ -1,0 +1,85 @@
+"""Counters and histograms for Prometheus, in a registry of their own, so a program may have several gateways."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..fields import ModelFields
+
+if TYPE_CHECKING:
+    from .records import Record
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_INTERVAL_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """The metrics of one gateway. A label `key` is the name of an API key, or empty."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.in_progress = Gauge(
+            "gateway_requests_in_progress", "HTTP requests that are being answered.", registry=self.registry
+        )
+        self._requests = Counter(
+            "gateway_requests",
+            "HTTP requests, by route and status.",
+            ["method", "route", "status", "key"],
+            registry=self.registry,
+        )
+        self._failures = Counter(
+            "gateway_stream_failures",
+            "Streams that ended in an error, by OpenAI's code.",
+            ["code"],
+            registry=self.registry,
+        )
+        self._prompt_tokens = Counter("gateway_prompt_tokens", "Tokens of prompts.", ["key"], registry=self.registry)
+        self._completion_tokens = Counter(
+            "gateway_completion_tokens", "Tokens of answers.", ["key"], registry=self.registry
+        )
+        self._first_token = Histogram(
+            "gateway_time_to_first_token_seconds",
+            "Seconds from the request to the first piece of text.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self._intervals = Histogram(
+            "gateway_inter_token_latency_seconds",
+            "Seconds between two pieces of text of one answer.",
+            buckets=_INTERVAL_BUCKETS,
+            registry=self.registry,
+        )
+        self._up = Gauge(
+            "service_up", "1 if the service behind the gateway answers, otherwise 0.", registry=self.registry
+        )
+        self._running = Gauge(
+            "service_requests_running", "Requests that the service is answering.", registry=self.registry
+        )
+        self._waiting = Gauge("service_requests_waiting", "Requests in the service's queue.", registry=self.registry)
+        self._steps = Gauge(
+            "service_steps", "Steps that the model has run since the service started.", registry=self.registry
+        )
+
+    def add(self, record: Record) -> None:
+        """Count a request that has ended."""
+        method = record.method if record.method in _METHODS else "other"
+        self._requests.labels(method, record.route, str(record.status), record.key).inc()
+        if record.first_token is not None:
+            self._prompt_tokens.labels(record.key).inc(record.prompt_tokens)
+            self._completion_tokens.labels(record.key).inc(record.completion_tokens)
+            self._first_token.observe(record.first_token)
+        for interval in record.intervals:
+            self._intervals.observe(interval)
+        if record.failure:
+            self._failures.labels(record.failure).inc()
+
+    def page(self, service: ModelFields | None) -> bytes:
+        """Return all metrics in Prometheus' text format. `service` is None if the service does not answer."""
+        self._up.set(service is not None)
+        self._running.set(service.running if service else 0)
+        self._waiting.set(service.waiting if service else 0)
+        self._steps.set(service.steps if service else 0)
+        return generate_latest(self.registry)

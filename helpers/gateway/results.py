@@ -1,0 +1,75 @@
+"""What chat and text completions share: complete answers, their usage, and the documentation of their routes."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ..answer import Answer
+from .backend import Piece
+from .errors import ErrorReply
+
+FinishReason = Literal["stop", "length"]
+FAILURES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "The request has a wrong value."},
+    401: {"model": ErrorReply, "description": "The API key is missing or wrong."},
+    404: {"model": ErrorReply, "description": "The model does not exist here."},
+    408: {"model": ErrorReply, "description": "The body arrived too slowly."},
+    413: {"model": ErrorReply, "description": "The body is too large."},
+    415: {"model": ErrorReply, "description": "The body is not JSON."},
+    429: {"model": ErrorReply, "description": "The queue is full. Retry-After says when to ask again."},
+    500: {"model": ErrorReply, "description": "The model or the gateway failed."},
+    503: {"model": ErrorReply, "description": "The service behind the gateway does not answer."},
+}
+"""The statuses of all routes that generate text, for the OpenAPI description."""
+
+
+def also_streams(example: str) -> dict[int | str, dict[str, Any]]:
+    """Return the responses of a route that also sends server-sent events, for the OpenAPI description."""
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+    content = {"text/event-stream": {"itemSchema": event, "example": example}}
+    return {200: {"content": content, "description": "The answer; with `stream`, server-sent events."}, **FAILURES}
+
+
+class Usage(BaseModel):
+    """How many tokens a request took."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    dropped_turns: int = 0
+    """How many of the oldest turns were left out to fit the context window. OpenAI has no such field."""
+
+
+def usage_of(answers: Sequence[Answer], *, n: int) -> Usage:
+    """Return the usage of answers, in the order of their choices. Each `n` of them have one prompt, counted once."""
+    prompt = sum(answer.prompt_tokens or 0 for answer in answers[::n])
+    completion = sum(answer.completion_tokens for answer in answers)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        dropped_turns=max(answer.dropped_turns for answer in answers),
+    )
+
+
+async def complete(pieces: AsyncGenerator[Piece, None]) -> list[Answer]:
+    """Return the complete answers, in the order of their choices."""
+    answers: dict[int, Answer] = {}
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if piece.answer is not None:
+                answers[piece.choice] = piece.answer
+    return [answers[choice] for choice in sorted(answers)]
+
+
+def new_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """Return the fields with which an answer and each of its chunks begin."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}

@@ -1,0 +1,56 @@
+"""A gateway for tests: a real HTTP server on a free port, in a thread of the test's own process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from eventually import until
+from helpers.gateway import create_app
+from helpers.gateway.records import Record
+from helpers.gateway.server import configure
+from helpers.processes import port_to_listen_on
+
+
+class RunningGateway:
+    """`url` ends with ``/v1``, `port` is its port, and `records` holds a record of each request that has ended."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.root = port, f"http://127.0.0.1:{port}"
+        self.url = f"{self.root}/v1"
+        self.records: list[Record] = []
+
+    def wait_for_records(self, count: int) -> list[Record]:
+        """Return the records when `count` requests have ended."""
+        until(lambda: len(self.records) >= count, f"{count} requests ended")
+        return self.records
+
+
+@contextmanager
+def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGateway]:
+    """Run a gateway during the block, for the service on `service_port`."""
+    gateway = RunningGateway(port_to_listen_on("127.0.0.1", 0))
+    app = create_app(f"127.0.0.1:{service_port}", **options)
+    metrics = app.state.gateway.metrics
+    add = metrics.add
+
+    def add_and_keep(record: Record) -> None:
+        add(record)
+        gateway.records.append(record)
+
+    metrics.add = add_and_keep
+    config = configure(app, host="127.0.0.1", port=gateway.port)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started, "the gateway listens")
+        yield gateway
+    finally:
+        server.should_exit = True
+        thread.join()
