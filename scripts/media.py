@@ -34,7 +34,7 @@ RECORDING = ROOT / "docs" / "images" / "streaming.json"
 ANIMATION = ROOT / "docs" / "images" / "streaming.webp"
 
 QUESTION = "Tell me a story about a lighthouse."
-MAX_TOKENS = 80
+MAX_TOKENS = 110
 MAX_BYTES = 2_000_000
 
 
@@ -113,9 +113,10 @@ class Recording:
 def record() -> Recording:
     """Ask a real service twice. Both questions find the prompt in the prefix cache, so that the comparison is fair."""
     import helpers
-    from helpers import hardware
+    from helpers import hardware, model_choice
 
-    with helpers.serve(port=0) as service:
+    choice = model_choice.choose()
+    with helpers.serve(choice.model, choice.exact_precision, port=0) as service:  # as in the lessons
         service.ask(QUESTION, max_tokens=MAX_TOKENS)
         began = time.perf_counter()
         text = service.ask(QUESTION, max_tokens=MAX_TOKENS).text
@@ -215,7 +216,7 @@ def draw_frame(recording: Recording, seconds: float) -> Image.Image:
         right = left + PANE - 26
         draw.text((right, TOP + 12), f"{min(seconds, stop):.1f} s", colour, font(32, "SansMono-Bold"), anchor="ra")
         if word <= seconds:
-            draw.text((right, TOP + 60), f"first word: {word:.1f} s", colour, font(22), anchor="ra")
+            draw.text((right, TOP + 60), f"first word: {word:.2f} s", colour, font(22), anchor="ra")
         lines = wrapped[: len(text)].split("\n")
         for row, line in enumerate(lines):
             draw.text((left + 26, TOP + HEAD + ROW * row), line, WHITE, font(28))
