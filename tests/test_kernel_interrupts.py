@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 import time
 from collections.abc import Iterator
@@ -34,40 +35,55 @@ class Kernel:
 
         self.manager, self.client = start_new_kernel(kernel_name="python3", env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.process = psutil.Process(self.manager.provisioner.pid)
+        self.written = ""
 
     def run(self, code: str) -> dict[str, Any]:
         """Run `code` to its end, and return the reply."""
         return self.finish(self.client.execute(code, store_history=False))
 
-    def finish(self, message: str) -> dict[str, Any]:
+    def finish(self, message: str, seconds: float = 300) -> dict[str, Any]:
         while True:
-            reply = self.client.get_shell_msg(timeout=300)
+            reply = self.client.get_shell_msg(timeout=seconds)
             if reply["parent_header"]["msg_id"] == message:
                 return reply["content"]
 
     def interrupt(self, code: str, seconds: float) -> dict[str, Any]:
-        """Run `code`, interrupt it after `seconds`, and return the reply."""
+        """Run `code`, interrupt it after `seconds`, and return the reply.
+
+        ipykernel sends no reply if the interrupt arrives just when the cell has ended. It becomes idle in any case.
+        """
         message = self.client.execute(code, store_history=False)
-        while True:
-            status = self.client.get_iopub_msg(timeout=300)
-            if status["parent_header"].get("msg_id") == message and status["msg_type"] == "execute_input":
-                break
+        self._wait_until(message, "execute_input")
         time.sleep(seconds)
         self.manager.interrupt_kernel()
-        return self.finish(message)
+        self._wait_until(message, "idle")
+        try:
+            return self.finish(message, seconds=30)
+        except queue.Empty:
+            return {"status": "ok"}
+
+    def _wait_until(self, message: str, state: str) -> None:
+        """Wait until the kernel says that `message` is in this state. Keep what the kernel writes to stderr."""
+        while True:
+            said = self.client.get_iopub_msg(timeout=300)
+            self._keep_stderr(said)
+            states = (said["msg_type"], said["content"].get("execution_state"))
+            if said["parent_header"].get("msg_id") == message and state in states:
+                return
+
+    def _keep_stderr(self, said: dict[str, Any]) -> None:
+        if said["msg_type"] == "stream" and said["content"]["name"] == "stderr":
+            self.written += said["content"]["text"]
 
     def connections(self, port: int) -> int:
         """Return how many connections the kernel has to `port`."""
         return sum(bool(c.raddr) and c.raddr.port == port for c in self.process.net_connections("tcp"))
 
     def stderr(self) -> str:
-        """Return what the kernel has written to stderr since the last call."""
-        written = ""
+        """Return what the kernel has written to stderr."""
         while self.client.iopub_channel.msg_ready():
-            message = self.client.get_iopub_msg(timeout=1)
-            if message["msg_type"] == "stream" and message["content"]["name"] == "stderr":
-                written += message["content"]["text"]
-        return written
+            self._keep_stderr(self.client.get_iopub_msg(timeout=1))
+        return self.written
 
 
 @pytest.fixture
