@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .addresses import clean_host, host_to_ask, join, split
 from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
 from .memory import PRECISIONS, check_precision
@@ -128,6 +127,7 @@ def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextMa
     """
     if options.http is None:
         return contextlib.nullcontext()
+    from .addresses import clean_host, host_to_ask, join, split
     from .gateway.keys import Keys
     from .gateway.process import beside
     from .processes import port_to_listen_on

@@ -55,12 +55,22 @@ class Picture:
 
 
 def _drawing(*, width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a white figure, in inches, and its axes. pyplot would keep the figure and show it a second time."""
+    """Return a white figure, in inches, and its axes."""
+    figure, (axes,) = _panels(1, 1, width=width, height=height)
+    return figure, axes
+
+
+def _panels(rows: int, columns: int, *, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a white figure, in inches, and the axes of its panels. `options` are those of `Figure.subplots`.
+
+    pyplot would keep the figure and show it a second time.
+    """
     rim = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), facecolor="white", layout=rim)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    panels = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 # --- 01 Access ------------------------------------------------------------------------------------
@@ -103,9 +113,7 @@ def memory() -> Picture:
     A bar has two parts: the weights, and a KV cache for 4,096 tokens in 16 bits with what the libraries need. 70B has a
     panel and a scale of its own.
     """
-    figure, axes = _drawing(width=8, height=5.2)
-    axes.remove()
-    small, large = figure.subplots(2, 1, height_ratios=(6, 3))
+    figure, (small, large) = _panels(2, 1, width=8, height=5.2, height_ratios=(6, 3))
     labels = _memory_bars(small, ("7B", "13B"), gb=35) + _memory_bars(large, ("70B",), gb=150)
     small.set_title("At int8, Llama 2 7B fits on a T4. At bf16 it does not.", pad=22, weight="bold")
     large.set_title("70B, on a scale of its own: at int8 it just fits into 80 GB.", pad=22)
@@ -153,7 +161,6 @@ def _memory_bars(axes: Axes, sizes: Sequence[str], *, gb: float) -> list[str]:
     axes.set_yticks(rows, labels)
     axes.set(xlim=(0, gb), ylim=(rows[-1] + 0.5, -0.5))
     axes.tick_params(left=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return labels
 
 
@@ -296,17 +303,13 @@ def costs(moments: Mapping[str, Sequence[float]], *, title: str = "") -> Picture
 
     `moments` are in seconds since the request.
     """
-    figure, axes = _drawing(width=8, height=4)
-    axes.remove()
-    each, total = figure.subplots(1, 2)
+    figure, (each, total) = _panels(1, 2, width=8, height=4)
     for (service, times), (colour, marker) in zip(moments.items(), _SERIES, strict=False):
         gaps = [1000 * (after - before) for before, after in itertools.pairwise(times)]
         each.plot(range(2, len(times) + 1), gaps, marker, color=colour, markersize=4, label=service)
         total.plot(range(1, len(times) + 1), times, marker, color=colour, markersize=4)
     each.set(xlabel="token of the answer", ylabel="ms for this token", ylim=(0, None))
     total.set(xlabel="token of the answer", ylabel="seconds until this token", ylim=(0, None))
-    for panel in (each, total):
-        panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(moments), frameon=False)
     figure.suptitle(title)
     services = " and ".join(moments)

@@ -14,12 +14,19 @@ import helpers
 from background_program import Program
 from helpers.catalog import BUNDLED, INSTALL, INSTALL_BUNDLED, INSTALL_LAB
 from jupyterlab_fixture import jupyterlab  # noqa: F401  a fixture
+from scripted_service import ScriptedService
 
 TESTS = Path(__file__).parent
 NEEDS_TORCH = f"torch and transformers are not installed. For the tests that run a model: {INSTALL}"
 
 # A shell's background job ignores Ctrl-C, and so would every program that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedService]:
+    with ScriptedService() as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

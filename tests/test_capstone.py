@@ -152,7 +152,7 @@ def test_a_fault_is_found_alone_if(what: str, findings: Callable[[str], list[str
 
 
 @pytest.mark.long
-def test_an_exception_at_the_client_is_no_fault_without_jinas_gateway(findings: Callable[[str], list[str]]) -> None:
+def test_an_exception_at_the_client_is_not_a_fault_without_jinas_gateway(findings: Callable[[str], list[str]]) -> None:
     service = changed('reason, error = "error", str(failure)', "raise")
     assert (
         findings(service.replace('protocol="grpc"', 'protocol="grpc", include_gateway=False'))[-1]

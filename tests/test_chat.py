@@ -26,12 +26,6 @@ from helpers.errors import InvalidRequest, ServiceUnavailable
 from scripted_service import ScriptedService, failed, tokens
 
 
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
-
-
 class Piped:
     """The result of lines that were piped into a chat: its exit status and its output."""
 

@@ -86,12 +86,6 @@ class Screen:
             self.box.wait()
 
 
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
-
-
 def show(service: ScriptedService, **options: Any) -> Screen:
     return Screen(helpers.ChatBox(service.conversation(**{"max_tokens": 3, **options})))
 

@@ -96,12 +96,6 @@ def notebook(jupyterlab: JupyterLab) -> Iterator[NotebookPage]:
     page.close()
 
 
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
-
-
 def show(notebook: NotebookPage, port: int, **options: Any) -> ChatPage:
     """Show a new chat box in the notebook, whose conversation has these options."""
     options = {"port": port, "max_tokens": 3, **options}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,12 +16,6 @@ from helpers.messages import Message
 from helpers.options import SamplingParams
 from helpers.schemas import ChatDocument, SamplingDocument
 from scripted_service import ScriptedService
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
 
 
 def test_a_question_is_sent_as_a_dialog_with_the_default_sampling_params(scripted: ScriptedService) -> None:

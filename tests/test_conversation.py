@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from traceback import walk_stack
@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import helpers
+from connections import connections_to
 from eventually import until
 from helpers.answer import Answer
 from helpers.conversation import Conversation, Turn
@@ -34,12 +35,6 @@ from scripted_service import REFUSED, ScriptedService
 
 HALF_A_PAIR = "\ud83d"
 """A text that is not valid Unicode."""
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
 
 
 @pytest.fixture
@@ -219,12 +214,7 @@ def test_ctrl_c_before_the_first_word_is_a_stop_and_leaves_no_connection(
     with pytest.raises(KeyboardInterrupt):
         conversation.ask("Hello")
     assert turns(conversation) == [("Hello", "", "cancelled")]
-
-    def is_connected() -> bool:
-        addresses = [connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr]
-        return scripted.port in [address.port for address in addresses]
-
-    until(lambda: not is_connected(), "the connection is closed")  # gRPC closes it in a thread of its own
+    until(lambda: not connections_to(scripted.port), "the connection is closed")  # by a thread of gRPC
     scripted.resume.set()
     assert conversation.ask("And you?") == "2:0 2:1 2:2 "
 

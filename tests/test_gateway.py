@@ -28,12 +28,6 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
-
-
-@pytest.fixture
 def client(scripted: ScriptedService) -> TestClient:
     return TestClient(create_app(f"127.0.0.1:{scripted.port}"))
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,6 @@ from scripted_service import ScriptedService
 KEY = "a-key-of-some-length"
 CHAT: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
 Script = Callable[..., Program]
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
 
 
 def url_of(program: Program) -> str:

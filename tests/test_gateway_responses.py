@@ -16,12 +16,6 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 @pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
-
-
-@pytest.fixture
 def gateway(scripted: ScriptedService) -> Iterator[RunningGateway]:
     with running_gateway(scripted.port) as running:
         yield running

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from helpers.errors import InvalidRequest
 from helpers.options import EngineArgs
 from helpers.prompts import QUESTION, SYSTEM_PROMPT
 from scripted_service import ScriptedService, failed, last, tokens
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
 
 
 @pytest.fixture

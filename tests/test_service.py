@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import helpers
+from connections import connections_to
 from eventually import until
 from greedy import generated_answer, packed_answer
 from helpers import prompts
@@ -301,12 +302,8 @@ def leave_in_an_event_loop(service: Any) -> None:
     ids=["info", "complete", "leave", "stop", "leave async", "refused"],
 )
 def test_no_client_leaves_a_connection_behind(tiny_service: Any, use: Any) -> None:
-    def connections() -> int:
-        others = [connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr]
-        return sum(address.port == tiny_service.port for address in others)
-
     use(tiny_service)
-    until(lambda: connections() == 0, "the connection is closed")
+    until(lambda: not connections_to(tiny_service.port), "the connection is closed")
 
 
 def test_a_client_that_pings_often_stays_connected(tiny_service: Any) -> None:

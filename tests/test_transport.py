@@ -10,11 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
+from connections import connections_to
 from eventually import until
 from helpers import transport
 from helpers.answer import Answer
@@ -27,18 +26,8 @@ from scripted_service import ScriptedService
 HELLO = ChatDocument(messages=[{"role": "user", "content": "Hello"}], max_tokens=3)
 
 
-@pytest.fixture
-def scripted() -> Iterator[ScriptedService]:
-    with ScriptedService() as service:
-        yield service
-
-
 def call_to(service: ScriptedService, request: ChatDocument = HELLO) -> Call[ModelOutputDocument]:
     return Call("/chat", request, ModelOutputDocument, "127.0.0.1", service.port)
-
-
-def connections(port: int) -> list[Any]:
-    return [one for one in psutil.Process().net_connections("tcp") if one.raddr and one.raddr.port == port]
 
 
 async def documents_of(call: Call[ModelOutputDocument]) -> list[ModelOutputDocument]:
@@ -90,7 +79,7 @@ def test_cancelling_ends_a_call_without_a_reply(scripted: ScriptedService) -> No
     call.cancel()
     reading.join(300)
     assert len(failures) == 1
-    until(lambda: not connections(scripted.port), "the connection is closed")
+    until(lambda: not connections_to(scripted.port), "the connection is closed")
 
 
 def test_leaving_the_documents_closes_the_connection(scripted: ScriptedService) -> None:
@@ -111,7 +100,7 @@ def test_leaving_the_documents_closes_the_connection(scripted: ScriptedService) 
 
     for leave_this_way in (leave_in_this_thread, leave_in_another_thread, lambda: asyncio.run(leave())):
         leave_this_way()
-        until(lambda: not connections(scripted.port), "the connection is closed")
+        until(lambda: not connections_to(scripted.port), "the connection is closed")
 
 
 def test_a_service_that_stops_in_the_middle_is_unavailable(scripted: ScriptedService) -> None:
@@ -313,7 +302,7 @@ def test_an_ipv6_service_that_does_not_answer_is_named_with_brackets() -> None:
 
 
 def has_left_nothing(port: int) -> bool:
-    return not connections(port) and not any(thread.name == "helpers-call" for thread in threading.enumerate())
+    return not connections_to(port) and not any(thread.name == "helpers-call" for thread in threading.enumerate())
 
 
 @pytest.mark.main

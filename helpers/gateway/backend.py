@@ -80,9 +80,9 @@ class Backend:
                     self._is_unavailable(str(error))
                 pieces.put_nowait(error)
 
-        readers = [asyncio.ensure_future(read(choice, request)) for choice, request in enumerate(requests)]
+        tasks = [asyncio.ensure_future(read(choice, request)) for choice, request in enumerate(requests)]
         try:
-            unfinished = len(readers)
+            unfinished = len(tasks)
             while unfinished:
                 piece = await pieces.get()
                 if isinstance(piece, Exception):
@@ -91,9 +91,9 @@ class Backend:
                 record.is_answered = not unfinished
                 yield piece
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pieces(
         self, choice: int, request: ChatFields | PromptFields, record: Record, *, counts_prompt: bool

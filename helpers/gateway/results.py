@@ -45,7 +45,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     dropped_turns: int = 0
-    """How many of the oldest turns were left out to fit the context window. OpenAI has no such field."""
+    """How many of the oldest turns were dropped to fit the context window. OpenAI has no such field."""
 
 
 def usage_of(answers: Sequence[Answer], *, n: int) -> Usage:
