@@ -71,6 +71,24 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI, model: str, tiny_servi
     assert usage is not None and usage.completion_tokens == 30
 
 
+@pytest.mark.parametrize("questions", [12, pytest.param(200, marks=pytest.mark.long)])
+def test_a_stream_never_differs_from_the_answer_at_once(client: openai.OpenAI, model: str, questions: int) -> None:
+    """Half of the questions have a stop text from the middle of their answer. The tiny model writes emoji too."""
+    chosen, texts = random.Random(questions), []
+    for number in range(questions):
+        content = f"{number}: {''.join(chosen.choices('añ 🦙👩‍🚀ل', k=12))}?"
+        asked: Any = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 24}
+        if number % 2:
+            whole = client.chat.completions.create(**asked).choices[0].message.content or ""
+            asked["stop"] = whole[len(whole) // 2 :][:3]
+        (choice,) = client.chat.completions.create(**asked).choices
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == choice.message.content
+        assert chunks[-1].finish_reason == choice.finish_reason == ("stop" if number % 2 else "length")
+        texts.append(choice.message.content)
+    assert not "".join(texts).isascii()
+
+
 def test_the_clients_stream_helper_collects_the_answer(client: openai.OpenAI, model: str, tiny_service: Any) -> None:
     stop = tiny_service.ask(QUESTION, max_tokens=30).text[-4:]  # the helper raises if max_tokens ends the answer
     with client.chat.completions.stream(model=model, messages=QUESTION, max_tokens=30, stop=stop) as stream:
