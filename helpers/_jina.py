@@ -88,6 +88,8 @@ def _no_limit_of_files() -> Iterator[None]:
 
 with _unchanged_program():
     from docarray import BaseDoc
+    from docarray.base_doc.mixins.io import _type_to_protobuf
+    from docarray.proto import DocProto
     from docarray.typing import ID
     from jina import Deployment, Executor, requests
     from jina.excepts import PortAlreadyUsed
@@ -120,6 +122,10 @@ class QuietDoc(BaseDoc):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return handler(source)
+
+    def to_protobuf(self) -> DocProto:
+        """Return the message. It leaves out the fields that are None, because writing each takes several µs."""
+        return DocProto(data={name: _type_to_protobuf(value) for name, value in self if value is not None})
 
 
 class CannotListen(Exception):
