@@ -15,6 +15,7 @@ from ..answer import Answer
 from ..client import endpoint_of
 from ..errors import QueueFull, ServiceUnavailable
 from ..fields import ChatFields, ModelFields, NoFields, OutputFields, PromptFields
+from ..logprobs import TokenLogprobs
 from ..options import check_port
 from ..transport import Call
 from .records import Record
@@ -29,11 +30,15 @@ _SECONDS_TO_ANSWER = 10
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the answer number `choice`. The last piece of each choice has no text, but the complete `answer`."""
+    """A piece of the answer number `choice`. The last piece of each choice has no text, but the complete `answer`.
+
+    `logprobs` are those of the tokens whose text begins in `text`.
+    """
 
     choice: int
     text: str
     answer: Answer | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Backend:
@@ -73,7 +78,7 @@ class Backend:
 
         async def read(choice: int, request: ChatFields | PromptFields) -> None:
             try:
-                async for piece in self._pieces(choice, request, record, counts_prompt=choice % n == 0):
+                async for piece in self._pieces(choice, request, record, prompt=choice // n):
                     pieces.put_nowait(piece)
             except Exception as error:
                 if isinstance(error, ServiceUnavailable) and not isinstance(error, QueueFull):
@@ -96,22 +101,26 @@ class Backend:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pieces(
-        self, choice: int, request: ChatFields | PromptFields, record: Record, *, counts_prompt: bool
+        self, choice: int, request: ChatFields | PromptFields, record: Record, *, prompt: int
     ) -> AsyncGenerator[Piece, None]:
-        """Yield the pieces of one answer, and count its tokens as they arrive: the client may leave at any time."""
+        """Yield the pieces of one answer to the prompt number `prompt`.
+
+        Count its tokens as they arrive, because the client may leave at any time.
+        """
         answer = Answer(Call(endpoint_of(request), request, OutputFields, self.host, self.port))
-        counted, arrived_at = 0, 0.0
+        counted, with_logprobs, arrived_at = 0, 0, 0.0
         async with aclosing(answer.__aiter__()) as texts:
             async for text in texts:
                 if counted:
                     record.intervals.append(time.perf_counter() - arrived_at)
-                elif counts_prompt:
-                    record.prompt_tokens += answer.prompt_tokens or 0
+                else:
+                    record.answer_begins(prompt, answer)
                 arrived_at = time.perf_counter()
                 record.token_arrived()
                 record.completion_tokens += answer.completion_tokens - counted
                 counted = answer.completion_tokens
-                yield Piece(choice, text)
+                yield Piece(choice, text, logprobs=answer.logprobs[with_logprobs:])
+                with_logprobs = len(answer.logprobs)
         record.completion_tokens += answer.completion_tokens - counted  # the last ones may have no text
         yield Piece(choice, "", answer)
 

@@ -37,12 +37,24 @@ class Metrics:
             registry=self.registry,
         )
         self._prompt_tokens = Counter("gateway_prompt_tokens", "Tokens of prompts.", ["key"], registry=self.registry)
+        self._cached_tokens = Counter(
+            "gateway_cached_prompt_tokens",
+            "Tokens of prompts that came from the service's prefix cache.",
+            ["key"],
+            registry=self.registry,
+        )
         self._completion_tokens = Counter(
             "gateway_completion_tokens", "Tokens of answers.", ["key"], registry=self.registry
         )
         self._first_token = Histogram(
             "gateway_time_to_first_token_seconds",
             "Seconds from the request to the first piece of text.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self._queue_times = Histogram(
+            "gateway_queue_time_seconds",
+            "Seconds that an answer waited in the service's queue.",
             buckets=_FIRST_TOKEN_BUCKETS,
             registry=self.registry,
         )
@@ -69,8 +81,11 @@ class Metrics:
         self._requests.labels(method, record.route, str(record.status), record.key).inc()
         if record.first_token is not None:
             self._prompt_tokens.labels(record.key).inc(record.prompt_tokens)
+            self._cached_tokens.labels(record.key).inc(record.cached_tokens)
             self._completion_tokens.labels(record.key).inc(record.completion_tokens)
             self._first_token.observe(record.first_token)
+        for seconds in record.queue_times:
+            self._queue_times.observe(seconds)
         for interval in record.intervals:
             self._intervals.observe(interval)
         if record.failure:
