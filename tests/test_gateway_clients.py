@@ -126,6 +126,41 @@ def test_seeds_make_choices_different_and_repeatable(client: openai.OpenAI, mode
     assert texts() == first
 
 
+def test_log_probabilities_are_those_of_the_service(client: openai.OpenAI, model: str, tiny_service: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0.8, "seed": 5}
+    expected = tiny_service.ask(QUESTION, logprobs=2, **options)
+    create: Any = client.chat.completions.create
+    asked = {"model": model, "messages": QUESTION, "logprobs": True, "top_logprobs": 2, "n": 2, **options}
+    reply = create(**asked)
+    assert reply.choices[0].message.content == expected.text  # and so do plain requests of the same seed
+    assert expected.text == tiny_service.ask(QUESTION, **options).text
+    streamed: dict[int, list[Any]] = {0: [], 1: []}
+    for chunk in create(stream=True, **asked):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.logprobs.content if choice.logprobs else []
+    for choice in reply.choices:
+        assert [token.token for token in choice.logprobs.content] == [one.token for one in streamed[choice.index]]
+    values = [token.logprob for token in reply.choices[0].logprobs.content]
+    assert values == pytest.approx([token.logprob for token in expected.logprobs], abs=1e-4)
+    alternatives = [[top.bytes for top in token.top_logprobs] for token in reply.choices[0].logprobs.content]
+    assert alternatives == [[list(top.utf8) for top in token.top] for token in expected.logprobs]
+
+
+def test_the_usage_tells_which_tokens_came_from_the_cache(client: openai.OpenAI, model: str) -> None:
+    dialog: Any = [{"role": "user", "content": "Tell me a long story of " + "one " * 40}]
+    create: Any = client.chat.completions.create
+    first = create(model=model, messages=dialog, max_tokens=5, n=2)
+    dialog.append({"role": "assistant", "content": first.choices[0].message.content})
+    dialog.append({"role": "user", "content": "And then?"})
+    second = create(model=model, messages=dialog, max_tokens=5, n=2)
+    cached = [reply.usage.prompt_tokens_details.cached_tokens for reply in (first, second)]
+    assert cached[0] < 32  # of its two answers, one reads the prompt; an earlier test may have begun as this one does
+    assert first.usage.prompt_tokens // 32 * 32 <= cached[1] < second.usage.prompt_tokens
+    response = client.responses.create(model=model, input=dialog, max_output_tokens=5)
+    assert response.usage is not None
+    assert response.usage.input_tokens_details.cached_tokens == (second.usage.prompt_tokens - 1) // 32 * 32
+
+
 def test_choices_share_the_prompt(client: openai.OpenAI, model: str, tiny_service: Any) -> None:
     """Four choices of a long prompt must not take four times the steps that read it."""
 
