@@ -20,7 +20,11 @@ PAGES = [
     ROOT / "notebooks/README.md",
 ]
 COMMANDS = ("check", "ask", "chat", "serve", "gateway")
-OF_OTHER_PROGRAMS = {"--quick", "--continuous-batching"}  # benchmarks/bench.py, transformers serve
+OF_OTHER_PROGRAMS = {
+    "--enable-prompt-tokens-details",
+    "--quick",
+    "--continuous-batching",
+}  # benchmarks/bench.py, transformers serve
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
