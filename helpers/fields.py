@@ -106,8 +106,8 @@ class OutputFields(BaseModel):
 
     - ``logprobs``: the log-probability of the token, and then of the most likely ones, the most likely first.
     - ``logprob_ids``, ``logprob_tokens``: the ids of these tokens, and their bytes in hexadecimal digits.
-    - ``text_offset``: how many characters of the text come before the token's own. If the last document leaves the
-      text shorter than that, a stop string has cut the token off.
+    - ``text_offset``: how many characters of the text come before the token's own. If the complete text has no more
+      than these, a stop string has cut the token off.
     """
 
     # flat lists: Jina's gateway cannot describe dicts of any type, or lists inside lists

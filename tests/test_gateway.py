@@ -443,7 +443,8 @@ def test_the_metrics_count_requests_tokens_and_failures(client: TestClient, scri
     client.post(CHAT_PATH, json={**CHAT, "stream": True})
     scripted.script = lambda _: told_by_the_service(cached_tokens=next(cached), queue_seconds=4.0)
     cached = iter([4, 2, 3])
-    client.post(CHAT_PATH, json={**CHAT, "n": 3})
+    usage = client.post(CHAT_PATH, json={**CHAT, "n": 3}).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
     lines = client.get("/metrics").text.splitlines()
     for line in (
         'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="200"} 4.0',
