@@ -11,14 +11,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
+from .gateway.options import GatewayArgs
 from .memory import PRECISIONS, check_precision
 from .options import HOST, PORT, EngineArgs, SamplingParams, check_port
 from .prompts import QUESTION, SYSTEM_PROMPT
 from .terminal import check_argument, drop_unwritten, has_piped_input, is_notebook, open_streams, read_input, write
+
+if TYPE_CHECKING:
+    from .gateway.process import GatewayProcess
 
 _EXIT_INTERRUPTED = 130
 
@@ -89,7 +93,7 @@ def chat(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """Run a service in the foreground until Ctrl-C."""
     check_precision(options.precision)
-    with _gateway_beside(options):
+    with _gateway_beside(options) as beside:
         from .server import run
 
         run(
@@ -100,32 +104,35 @@ def serve(options: argparse.Namespace) -> int:
             engine_args=options.engine_args,
             parent=options.parent,
             log=options.log,
+            companion=beside,
         )
     return 0
 
 
 def gateway(options: argparse.Namespace) -> int:
     """Run OpenAI's HTTP API in front of a service, until Ctrl-C."""
+    from .addresses import clean_host
     from .gateway import Keys, create_app
+    from .gateway.hosts import hosts_to_allow
     from .gateway.server import run
 
-    run(
-        create_app(options.service, keys=Keys.load(options.keys), cors=options.cors),
-        host=options.host,
-        port=options.port,
-        certificate=options.ssl_certfile,
-        key=options.ssl_keyfile,
-        parent=options.parent,
-    )
+    args = GatewayArgs.from_namespace(options)
+    keys = Keys.load(args.keys)
+    hosts = hosts_to_allow(clean_host(options.host), keys, args.allowed_host)
+    app = create_app(options.service, keys=keys, cors=args.cors or (), allowed_hosts=hosts)
+    run(app, args, host=options.host, port=options.port, parent=options.parent)
     return 0
 
 
-def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextManager[GatewayProcess | None]:
     """Return a context in which a gateway runs beside the service, if ``--http`` asks for one.
 
     Raise before anything is started if the gateway could not start. Set a free port for ``--port 0``.
     """
+    args = GatewayArgs.from_namespace(options)
     if options.http is None:
+        if given := ", ".join(args.given()):
+            raise InvalidRequest(f"Without --http no gateway runs that {given} could be for. Add --http 8000.")
         return contextlib.nullcontext()
     from .addresses import clean_host, host_to_ask, join, split
     from .gateway.keys import Keys
@@ -135,12 +142,9 @@ def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextMa
 
     options.port = port_to_listen_on(clean_host(options.host), options.port)
     host, port = split(options.http if ":" in options.http else f"{HOST}:{options.http}")
-    Keys.load(options.keys)
-    arguments = ["--host", host, "--port", str(port_to_listen_on(host, port))]
-    arguments += ["--keys", str(options.keys)] if options.keys else []
-    arguments += [word for origin in options.cors for word in ("--cors", origin)]
+    Keys.load(args.keys)
     service = join(host_to_ask(options.host), options.port)
-    return beside(service, arguments, program=program_of("__main__"))
+    return beside(service, args, host=host, port=port_to_listen_on(host, port), program=program_of("__main__"))
 
 
 def _question(argument: str | None) -> str:
@@ -244,8 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     add(chat, parents=[request], help="chat in the terminal")
 
     public = argparse.ArgumentParser(add_help=False)
-    public.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one on each line (default: none)")
-    public.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="may call from a browser")
+    GatewayArgs.add_to(public)
 
     service = add(serve, parents=[model, public], help="run a service")
     service.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
@@ -258,8 +261,6 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument("--service", default=f"{HOST}:{PORT}", metavar="HOST:PORT", help="default: %(default)s")
     http.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
-    http.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="the certificate for HTTPS")
-    http.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="the certificate's key")
     for one in (service, http):
         one.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     return parser

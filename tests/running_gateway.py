@@ -11,6 +11,7 @@ import uvicorn
 
 from eventually import until
 from helpers.gateway import create_app
+from helpers.gateway.options import GatewayArgs
 from helpers.gateway.records import Record
 from helpers.gateway.server import configure
 from helpers.processes import port_to_listen_on
@@ -43,8 +44,7 @@ def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGatewa
         gateway.records.append(record)
 
     metrics.add = add_and_keep
-    config = configure(app, host="127.0.0.1", port=gateway.port)
-    config.timeout_graceful_shutdown = 1
+    config = configure(app, GatewayArgs(timeout_graceful_shutdown=1), host="127.0.0.1", port=gateway.port)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -250,6 +250,7 @@ def test_serve_hands_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) 
         "engine_args": EngineArgs(max_num_seqs=4, cache_memory=5000),
         "parent": 7,
         "log": Path("service.log"),
+        "companion": None,
     }
 
 

@@ -14,6 +14,7 @@ from ..options import HOST, PORT
 from . import chat, completions, responses, status
 from .backend import Backend
 from .errors import handle_errors
+from .hosts import CheckHost
 from .keys import Keys
 from .records import RecordRequests
 from .settings import KEEP_ALIVE, MAX_BODY, Settings
@@ -26,6 +27,7 @@ def create_app(
     *,
     keys: Keys | Iterable[str] = (),
     cors: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
     max_body: int = MAX_BODY,
     keep_alive: float = KEEP_ALIVE,
 ) -> FastAPI:
@@ -33,11 +35,13 @@ def create_app(
 
     - `keys`: the API keys, as `Keys` reads them. Without any, every request may pass.
     - `cors`: the origins, such as ``https://chat.example.org``, whose pages may call the gateway from a browser.
+    - `allowed_hosts`: requests must name one of these hosts, or this machine (localhost, 127.0.0.1, ::1), in their
+      header ``Host``. None allows every host.
     - `max_body`: the maximum number of bytes in a request's body.
     - `keep_alive`: the seconds after which a silent stream sends a comment.
 
-    The service need not run yet: until it answers, requests get status 503. Raise `InvalidRequest` for an address that
-    is not one, and for keys that `Keys` refuses.
+    The service need not run yet: until it answers, requests get status 503. Raise `InvalidRequest` for an address or
+    a host that is not one, and for keys that `Keys` refuses.
     """
     settings = Settings(
         backend=Backend(*split(service)),
@@ -53,6 +57,8 @@ def create_app(
         app.include_router(router, dependencies=shows_keys)
     app.include_router(status.open_router)
     handle_errors(app)
+    if allowed_hosts is not None:
+        app.add_middleware(CheckHost, hosts=allowed_hosts)
     app.add_middleware(RecordRequests, metrics=settings.metrics)
     if cors:
         app.add_middleware(
