@@ -20,6 +20,7 @@ from ..addresses import clean_host, is_loopback, join
 from ..errors import InvalidRequest
 from ..processes import call_when_parent_ends, port_to_listen_on, raise_file_limit
 from .options import GatewayArgs
+from .sse import SECONDS_TO_READ
 
 PASSWORD_VARIABLE = "HELPERS_SSL_KEYFILE_PASSWORD"
 """The environment variable with the password of TLS's key: every user of the machine can see an argument."""
@@ -85,12 +86,15 @@ def configure(app: FastAPI, args: GatewayArgs, *, host: str, port: int) -> uvico
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 for one connection. It closes a connection whose next headers do not arrive in time.
+    """uvicorn's HTTP/1.1 for one connection.
 
-    h11 refuses headers of more than 64 KiB.
+    It closes a connection whose next headers do not arrive in time, and one whose client does not read its answer. h11
+    refuses headers of more than 64 KiB.
     """
 
     SECONDS_FOR_HEADERS = 30.0
+    SECONDS_TO_READ = float(SECONDS_TO_READ)
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start to wait for headers."""
@@ -103,14 +107,27 @@ class HttpProtocol(H11Protocol):
         self._deadline = self.loop.call_later(self.SECONDS_FOR_HEADERS, self._close_if_idle)
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        """Start to wait for the client to read."""
+        super().pause_writing()
+        self._patience = self.loop.call_later(self.SECONDS_TO_READ, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting for the client to read."""
+        super().resume_writing()
+        if self._patience is not None:
+            self._patience.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._deadline.cancel()
+        if self._patience is not None:
+            self._patience.cancel()
         super().connection_lost(exc)
 
     def _close_if_idle(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self.transport.abort()  # `close` would wait for a client that does not read
 
 
 class _Server(uvicorn.Server):
