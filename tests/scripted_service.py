@@ -44,7 +44,7 @@ class ScriptedService:
         from jina.proto.jina_pb2_grpc import add_JinaSingleDocumentRequestRPCServicer_to_server
 
         self.resume.clear()
-        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.server(ThreadPoolExecutor(128), options=[("grpc.so_reuseport", 0)])
         add_JinaSingleDocumentRequestRPCServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"{self.host}:{self.port}")
         self._server.start()

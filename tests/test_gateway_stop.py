@@ -143,16 +143,15 @@ def test_many_answers_that_take_too_long_all_end_with_an_error(
     scripted.script = scripted.half
     program = start_gateway(script, scripted, "--timeout-graceful-shutdown=1")
     url = url_of(program)
-    streams = [Stream(url) for _ in range(count)]  # the scripted service answers 16 at once
+    streams = [Stream(url) for _ in range(count)]
     with ThreadPoolExecutor(len(streams)) as threads:
         reading = [threads.submit(stream.read) for stream in streams]
-        until(lambda: sum(stream.has_begun for stream in streams) == 16, "as many answers as possible have begun")
+        until(lambda: all(stream.has_begun for stream in streams), "the answers have begun")
         program.process.send_signal(signal.SIGTERM)
         assert [one.result().end for one in reading] == ["shutting_down"] * len(streams)
     assert program.process.wait(60) == 0
     log = program.log.read_text()
-    assert log.count("failure=shutting_down") == 16
-    assert log.count("POST /v1/chat/completions 503 ") == count - 16
+    assert log.count("failure=shutting_down") == count
     assert "Traceback" not in log
 
 
