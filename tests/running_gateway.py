@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from eventually import until
 from helpers.gateway import create_app
@@ -31,8 +32,8 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGateway]:
-    """Run a gateway during the block, for the service on `service_port`."""
+def running_gateway(service_port: int, *, mounted_at: str = "", **options: Any) -> Iterator[RunningGateway]:
+    """Run a gateway during the block, for the service on `service_port`. `mounted_at` is its place in another app."""
     gateway = RunningGateway(port_to_listen_on("127.0.0.1", 0))
     app = create_app(f"127.0.0.1:{service_port}", **options)
     metrics = app.state.gateway.metrics
@@ -43,6 +44,9 @@ def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGatewa
         gateway.records.append(record)
 
     metrics.add = add_and_keep
+    if mounted_at:
+        inner, app = app, FastAPI()
+        app.mount(mounted_at, inner)
     config = configure(app, host="127.0.0.1", port=gateway.port)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..addresses import split
 from ..options import HOST, PORT
-from . import chat, completions, responses, status
+from . import chat, completions, page, responses, status
 from .backend import Backend
 from .errors import handle_errors
 from .keys import Keys
@@ -52,6 +52,7 @@ def create_app(
     for router in (chat.router, completions.router, responses.router, status.router):
         app.include_router(router, dependencies=shows_keys)
     app.include_router(status.open_router)
+    app.include_router(page.router)
     handle_errors(app)
     app.add_middleware(RecordRequests, metrics=settings.metrics)
     if cors:

@@ -20,8 +20,8 @@ from .metrics import Metrics
 log = logging.getLogger(__name__)
 
 _IN_SCOPE = "helpers.gateway.record"
-_QUIET = ("/health", "/ready", "/metrics")
-"""Routes that programs ask again and again. The log has only their failures."""
+_QUIET = ("/health", "/ready", "/metrics", "/page/{name}")
+"""Routes that programs and the page ask again and again. The log has only their failures."""
 _REQUEST_ID = "x-request-id"
 
 

@@ -111,7 +111,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         scheme = "https" if self.config.is_ssl else "http"
-        print(f"OpenAI's API on {scheme}://{join(self.config.host, self.config.port)}/v1. Ctrl-C stops it.", flush=True)
+        url = f"{scheme}://{join(self.config.host, self.config.port)}"
+        print(f"OpenAI's API on {url}/v1, and a chat page on {url}/ (Ctrl-C stops the gateway)", flush=True)
 
     def stop(self) -> None:
         """Stop gracefully, from any thread."""
