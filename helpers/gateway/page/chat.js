@@ -4,7 +4,7 @@ import {ENDINGS, fromFile, newConversation, newTurn, requestOf, titleOf, toFile}
 import {GatewayError, loadModel, streamChat} from "./gateway.js";
 import {fillSettings, readSettings} from "./settings.js";
 import * as storage from "./storage.js";
-import {TurnList} from "./turns.js";
+import {TurnList, sends} from "./turns.js";
 
 const find = id => document.getElementById(id);
 const [entry, scroller, notice, dialog] = ["entry", "scroller", "notice", "settings"].map(find);
@@ -64,7 +64,7 @@ const ask = async (question, kept) => {
 
 // Read the answer into `turn`.
 const read = async (turn, fields, signal) => {
-    model ??= await describeModel();
+    model ??= await describeModel(signal);
     const started = performance.now();
     for await (const {choices: [choice], usage} of streamChat({...fields, model: model.id}, storage.getKey(), signal)) {
         if (usage) turn.usage = usage;
@@ -97,8 +97,8 @@ const sentenceOf = error => {
     return error instanceof GatewayError ? error.message : `The page failed (${error.name}). Reload it.`;
 };
 
-const describeModel = async () => {
-    const described = await loadModel(storage.getKey());
+const describeModel = async signal => {
+    const described = await loadModel(storage.getKey(), signal);
     find("model").textContent = described.id;
     find("key-form").hidden = true;
     return described;
@@ -244,7 +244,7 @@ on("ask-form", "submit", event => {
     ask(question, conversation.turns);
 });
 on("entry", "keydown", event => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (!sends(event)) return;
     event.preventDefault();
     find("ask-form").requestSubmit();
 });

@@ -11,8 +11,8 @@ export class GatewayError extends Error {
 }
 
 // Return the model: its `id` and its `context_length`.
-export const loadModel = async key => {
-    const response = await send("v1/models", {}, key);
+export const loadModel = async (key, signal) => {
+    const response = await send("v1/models", {signal}, key);
     try {
         return (await response.json()).data[0];
     } catch {

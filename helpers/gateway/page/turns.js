@@ -4,11 +4,15 @@ import {copyButton} from "./clipboard.js";
 import {summaryOf} from "./conversation.js";
 import {MarkdownView} from "./markdown.js";
 
+// Return whether a key sends a text: Enter, unless it chooses a word in an input method (229, in Safari).
+export const sends = ({key, shiftKey, isComposing, keyCode}) =>
+    key === "Enter" && !shiftKey && !isComposing && keyCode !== 229;
+
 // Shows the turns in `log`. `onRegenerate()` and `onEdit(number, question)` are called for the user's wishes.
 export class TurnList {
     constructor(log, {onRegenerate, onEdit}) {
         this.log = log;
-        this.handlers = {onRegenerate, onEdit};
+        this.handlers = {onRegenerate, onEdit, onBeginEdit: () => this.cancelEdit()};
         this.views = new Map(); // turn → view
     }
 
@@ -81,6 +85,7 @@ class TurnView {
     }
 
     beginEdit() {
+        this.handlers.onBeginEdit(); // ends another one
         const field = made("textarea", "");
         field.value = this.turn.question;
         field.ariaLabel = `Question ${this.number}`;
@@ -88,7 +93,7 @@ class TurnView {
         field.rows = Math.min(field.value.split("\n").length + 1, 8);
         const ask = () => field.value.trim() && this.handlers.onEdit(this.number - 1, field.value.trim());
         field.addEventListener("keydown", event => {
-            if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+            if (!sends(event)) return;
             event.preventDefault();
             ask();
         });
