@@ -16,7 +16,7 @@ from typing import Any
 from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
 from .memory import PRECISIONS, check_precision
-from .options import HOST, PORT, EngineArgs, SamplingParams, check_port
+from .options import GRACE, HOST, PORT, EngineArgs, SamplingParams, check_port
 from .prompts import QUESTION, SYSTEM_PROMPT
 from .terminal import check_argument, drop_unwritten, has_piped_input, is_notebook, open_streams, read_input, write
 
@@ -98,6 +98,7 @@ def serve(options: argparse.Namespace) -> int:
             host=options.host,
             port=options.port,
             engine_args=options.engine_args,
+            grace=options.grace,
             parent=options.parent,
             log=options.log,
         )
@@ -110,7 +111,7 @@ def gateway(options: argparse.Namespace) -> int:
     from .gateway.server import run
 
     run(
-        create_app(options.service, keys=Keys.load(options.keys), cors=options.cors),
+        create_app(options.service or [f"{HOST}:{PORT}"], keys=Keys.load(options.keys), cors=options.cors),
         host=options.host,
         port=options.port,
         certificate=options.ssl_certfile,
@@ -250,12 +251,24 @@ def _parser() -> argparse.ArgumentParser:
     service = add(serve, parents=[model, public], help="run a service")
     service.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     service.add_argument("--port", type=int, default=PORT, help="0 takes any free port (default: %(default)s)")
+    service.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help="how long running answers may take when the service stops (default: %(default)s)",
+    )
     EngineArgs.add_to(service)
     service.add_argument("--http", metavar="[HOST:]PORT", help="run a gateway too, with OpenAI's HTTP API")
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)
 
     http = add(gateway, parents=[public], help="run OpenAI's HTTP API in front of a service")
-    http.add_argument("--service", default=f"{HOST}:{PORT}", metavar="HOST:PORT", help="default: %(default)s")
+    http.add_argument(
+        "--service",
+        action="append",
+        metavar="HOST:PORT",
+        help=f"may be given several times, or name several services at once (default: {HOST}:{PORT})",
+    )
     http.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     http.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="the certificate for HTTPS")

@@ -7,6 +7,7 @@ module prevents or undoes all of that. `prepare_service` changes Jina and the en
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +91,7 @@ def _no_limit_of_files() -> Iterator[None]:
 with _unchanged_program():
     from docarray import BaseDoc
     from docarray.typing import ID
+    from grpc_health.v1.health_pb2 import HealthCheckResponse
     from jina import Deployment, Executor, requests
     from jina.excepts import PortAlreadyUsed
     from jina.parsers import set_pod_parser
@@ -96,6 +99,8 @@ with _unchanged_program():
     from jina.serve.runtimes import asyncio as runtimes
     from jina.serve.runtimes.worker.request_handling import WorkerRequestHandler
     from jina.types.request.data import SingleDocumentRequest
+
+_SERVING, _NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 __all__ = [
     "ID",
@@ -126,10 +131,34 @@ class CannotListen(Exception):
     """The executor's server cannot listen at its host and port."""
 
 
+SECONDS_BETWEEN_LOOKS = 0.1
+"""How often the health that gRPC reports is compared with what the executor says."""
+
+
+class _Watchers(defaultdict[str, asyncio.Condition]):
+    """The conditions that gRPC's `HealthServicer.Watch` waits for, one for each service's name.
+
+    grpcio-health-checking deletes the condition when one client leaves. All others would wait for it forever.
+    """
+
+    def __delitem__(self, name: str) -> None:
+        pass
+
+
 def serve_executor(
-    executor: Any, *, host: str, port: int, stop: threading.Event, when_ready: Callable[[], object]
+    executor: Any,
+    *,
+    host: str,
+    port: int,
+    stop: threading.Event,
+    when_ready: Callable[[], object],
+    has_room: Callable[[], bool] = lambda: True,
+    grace: float = 0,
 ) -> None:
     """Serve an Executor over gRPC in this process, until `stop` is set. Raise `CannotListen`.
+
+    gRPC's health protocol says that the service "" serves as long as `has_room` returns True, until `stop` is set.
+    Then the server refuses new requests, and the running ones have `grace` seconds.
 
     Jina's Deployment would do the same in a fork of this process, after the model could have been loaded. It runs this
     handler and this runtime too, without a gateway: Jina's gateway hides errors and repeats requests.
@@ -138,6 +167,23 @@ def serve_executor(
     class Handler(WorkerRequestHandler):
         def _load_executor(self, *_: Any, **__: Any) -> None:
             self._executor = executor
+
+    class Runtime(runtimes.AsyncNewLoopRuntime):
+        async def async_setup(self) -> None:
+            await super().async_setup()
+            self.server.health_servicer._server_watchers = _Watchers(asyncio.Condition)
+            self._reporting = asyncio.ensure_future(self._report_health())
+
+        async def _report_health(self) -> None:
+            while True:
+                await self.server.health_servicer.set("", _SERVING if has_room() else _NOT_SERVING)
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+
+        async def async_teardown(self) -> None:
+            self._reporting.cancel()
+            await self.server.health_servicer.enter_graceful_shutdown()
+            await self.server.server.stop(grace)
+            await super().async_teardown()
 
     args = set_pod_parser().parse_args([])
     args.host, args.port = host, [port]
@@ -150,7 +196,7 @@ def serve_executor(
     }
     runtimes.HANDLED_SIGNALS = ()  # this process sets `stop` when it must end
     try:
-        runtime = runtimes.AsyncNewLoopRuntime(args, cancel_event=stop, req_handler_cls=Handler)
+        runtime = Runtime(args, cancel_event=stop, req_handler_cls=Handler)
     except (PortAlreadyUsed, RuntimeError) as error:
         raise CannotListen(str(error)) from error
     with runtime:

@@ -139,6 +139,14 @@ class TokenStreamingExecutor(Executor):
         """Refuse any other endpoint."""
         yield _failed(InvalidRequest("This service has no such endpoint. Use /stream, /chat, /count or /info."))
 
+    def has_room(self) -> bool:
+        """Return whether the queue has room for another request, and the engine runs."""
+        try:
+            self.engine.check_queue(pending=self._tokenizing)
+        except ServiceUnavailable:
+            return False
+        return True
+
     def close(self) -> None:
         """Cancel all answers and stop the engine. Jina calls this when the service stops."""
         if hasattr(self, "engine"):

@@ -18,6 +18,8 @@ from .errors import InvalidRequest
 HOST = "127.0.0.1"
 PORT = 12345
 """The article's port."""
+GRACE = 8
+"""The seconds that running answers have when a service stops. Docker kills a container after 10 s."""
 GREEDY_TEMPERATURE = 1e-5
 """Below this, a temperature counts as 0 (vLLM's ``_SAMPLING_EPS``): dividing logits by it may overflow."""
 MAX_MESSAGES, MAX_CHARACTERS = 20_000, 8_000_000

@@ -20,12 +20,12 @@ from .addresses import bracketed, clean_host, join
 from .catalog import INSTALL
 from .errors import ModelUnavailable, ServiceUnavailable
 from .loading import start_loading
-from .options import HOST, PORT, EngineArgs
+from .options import GRACE, HOST, PORT, EngineArgs
 from .processes import call_when_parent_ends, kill, port_to_listen_on, raise_file_limit, raise_no_warnings, remove_log
 from .service import announce
 
 SECONDS_TO_STOP = 5
-"""The seconds that the service has to stop before it ends anyway."""
+"""The seconds that the service has to stop, after its running answers, before it ends anyway."""
 
 
 def run(
@@ -35,11 +35,13 @@ def run(
     host: str = HOST,
     port: int = PORT,
     engine_args: EngineArgs | None = None,
+    grace: float = GRACE,
     parent: int | None = None,
     log: Path | None = None,
 ) -> None:
     """Run a service in this process until SIGTERM, Ctrl-C or the end of the process `parent`.
 
+    Then accept no new requests, and give the running answers `grace` seconds. A second Ctrl-C ends the process at once.
     When the service stops or `parent` ends, remove the file `log`, and its folder if it is then empty. After a
     failure, both stay.
 
@@ -57,7 +59,7 @@ def run(
     raise_file_limit()
     gc.disable()  # it would look through the modules again and again while they are imported: a fifth of that time
     raise_no_warnings()
-    lifetime = _Lifetime(parent, log)
+    lifetime = _Lifetime(parent, log, grace)
     loading = start_loading(model, precision, engine_args or EngineArgs())
 
     from ._jina import CannotListen, prepare_service, serve_executor
@@ -79,12 +81,15 @@ def run(
         announce(host, port)
 
     try:
+        executor = TokenStreamingExecutor(loaded=loaded)
         serve_executor(
-            TokenStreamingExecutor(loaded=loaded),
+            executor,
             host=bracketed(host),
             port=port,
             stop=lifetime.stop,
             when_ready=announce_when_ready,
+            has_room=executor.has_room,
+            grace=grace,
         )
     except CannotListen as error:
         port_to_listen_on(host, port)  # raises if another process took the port in the meantime
@@ -100,24 +105,25 @@ def run(
 class _Lifetime:
     """The lifetime of this process: `ready` is set when it answers, and `stop` when it must end."""
 
-    def __init__(self, parent: int | None, log: Path | None) -> None:
+    def __init__(self, parent: int | None, log: Path | None, grace: float) -> None:
         self.ready, self.stop = threading.Event(), threading.Event()
-        self._log = log
+        self._log, self._grace = log, grace
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._end)
         if parent is not None:
             call_when_parent_ends(parent, self._end_without_parent)
         threading.Thread(target=self._end_in_time, name="end-in-time", daemon=True).start()
 
-    def _end(self, *_: object) -> None:
-        if not self.ready.is_set():
-            os._exit(1)  # the model is still loading
+    def _end(self, signal_number: int = signal.SIGTERM, _: object = None) -> None:
+        is_impatient = signal_number == signal.SIGINT and self.stop.is_set()
+        if is_impatient or not self.ready.is_set():
+            os._exit(1)
         self.stop.set()
 
     def _end_in_time(self) -> None:
         """End a service that does not stop in time, for example because it is still tokenizing an enormous text."""
         self.stop.wait()
-        time.sleep(SECONDS_TO_STOP)
+        time.sleep(self._grace + SECONDS_TO_STOP)
         remove_log(self._log)
         kill(psutil.Process().children(recursive=True))
         os._exit(0)

@@ -31,10 +31,10 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGateway]:
-    """Run a gateway during the block, for the service on `service_port`."""
+def running_gateway(*service_ports: int, **options: Any) -> Iterator[RunningGateway]:
+    """Run a gateway during the block, for the services on `service_ports`."""
     gateway = RunningGateway(port_to_listen_on("127.0.0.1", 0))
-    app = create_app(f"127.0.0.1:{service_port}", **options)
+    app = create_app([f"127.0.0.1:{port}" for port in service_ports], **options)
     metrics = app.state.gateway.metrics
     add = metrics.add
 

@@ -318,11 +318,11 @@ def test_without_a_service_the_gateway_lives_and_is_not_ready(scripted: Scripted
     assert error_of(client.get("/ready"), 503)["code"] == "service_unavailable"
     error_of(client.post(CHAT_PATH, json=CHAT), 503)
     error_of(client.get("/v1/models"), 503)
-    assert "service_up 0.0" in client.get("/metrics").text
+    assert f'service_up{{service="127.0.0.1:{scripted.port}"}} 0.0' in client.get("/metrics").text
     scripted.start()
     assert client.get("/ready").status_code == 200
     assert client.post(CHAT_PATH, json=CHAT).status_code == 200
-    assert "service_up 1.0" in client.get("/metrics").text
+    assert f'service_up{{service="127.0.0.1:{scripted.port}"}} 1.0' in client.get("/metrics").text
 
 
 def test_an_unexpected_exception_is_logged_without_its_text(
@@ -447,7 +447,7 @@ def test_the_metrics_count_requests_tokens_and_failures(client: TestClient, scri
         'gateway_completion_tokens_total{key=""} 11.0',
         "gateway_time_to_first_token_seconds_count 3.0",
         "gateway_inter_token_latency_seconds_count 7.0",
-        "service_requests_running 0.0",
+        f'service_requests_running{{service="127.0.0.1:{scripted.port}"}} 0.0',
     ):
         assert line in lines
 
