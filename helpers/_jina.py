@@ -135,6 +135,10 @@ SECONDS_BETWEEN_LOOKS = 0.1
 """How often the health that gRPC reports is compared with what the executor says."""
 
 
+_SECONDS_TO_CANCEL = 5
+"""How long gRPC waits after the grace time for answers that the executor has cancelled."""
+
+
 class _Watchers(defaultdict[str, asyncio.Condition]):
     """The conditions that gRPC's `HealthServicer.Watch` waits for, one for each service's name.
 
@@ -182,8 +186,10 @@ def serve_executor(
         async def async_teardown(self) -> None:
             self._reporting.cancel()
             await self.server.health_servicer.enter_graceful_shutdown()
-            await self.server.server.stop(grace)
-            await super().async_teardown()
+            stopping = asyncio.ensure_future(self.server.server.stop(grace + _SECONDS_TO_CANCEL))
+            await asyncio.wait({stopping}, timeout=grace)
+            await super().async_teardown()  # cancels what is still running
+            await stopping
 
     args = set_pod_parser().parse_args([])
     args.host, args.port = host, [port]
