@@ -87,8 +87,10 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Run a service in the foreground until Ctrl-C."""
+    """Run a service in the foreground until Ctrl-C. With ``--replicas``, run several behind one gateway."""
     check_precision(options.precision)
+    if options.replicas != 1:
+        return _serve_replicas(options)
     with _gateway_beside(options):
         from .server import run
 
@@ -121,9 +123,28 @@ def gateway(options: argparse.Namespace) -> int:
     return 0
 
 
-def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+def _serve_replicas(options: argparse.Namespace) -> int:
+    if options.replicas < 1:
+        raise InvalidRequest(f"replicas is {options.replicas}. Start at least 1 service.")
+    if options.http is None:
+        raise InvalidRequest("--replicas needs a gateway, which shares out the requests. Add --http 8000.")
+    if (options.host, options.port) != (HOST, PORT):
+        raise InvalidRequest(
+            "With --replicas, the services listen on free ports of 127.0.0.1. Leave --host and --port out."
+        )
+    from . import replicas
+
+    ports = replicas.free_ports(options.replicas)
+    arguments = ["--model", options.model, "--precision", options.precision, *options.engine_args.to_arguments()]
+    with _gateway_beside(options, ports):
+        replicas.run(ports, arguments, grace=options.grace)
+    return 0
+
+
+def _gateway_beside(options: argparse.Namespace, ports: Sequence[int] = ()) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a gateway runs beside the service, if ``--http`` asks for one.
 
+    With `ports`, the gateway stands in front of several services of this machine.
     Raise before anything is started if the gateway could not start. Set a free port for ``--port 0``.
     """
     if options.http is None:
@@ -134,13 +155,15 @@ def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextMa
     from .processes import port_to_listen_on
     from .service import program_of
 
-    options.port = port_to_listen_on(clean_host(options.host), options.port)
+    if not ports:
+        options.port = port_to_listen_on(clean_host(options.host), options.port)
     host, port = split(options.http if ":" in options.http else f"{HOST}:{options.http}")
     Keys.load(options.keys)
     arguments = ["--host", host, "--port", str(port_to_listen_on(host, port))]
     arguments += ["--keys", str(options.keys)] if options.keys else []
     arguments += [word for origin in options.cors for word in ("--cors", origin)]
-    service = join(host_to_ask(options.host), options.port)
+    service, *others = [join(host_to_ask(options.host), port) for port in ports or [options.port]]
+    arguments += [word for other in others for word in ("--service", other)]
     return beside(service, arguments, program=program_of("__main__"))
 
 
@@ -259,6 +282,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how long running answers may take when the service stops (default: %(default)s)",
     )
     EngineArgs.add_to(service)
+    service.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="run N services behind one gateway (default: %(default)s)"
+    )
     service.add_argument("--http", metavar="[HOST:]PORT", help="run a gateway too, with OpenAI's HTTP API")
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)
 

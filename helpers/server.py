@@ -105,7 +105,7 @@ def run(
 class _Lifetime:
     """The lifetime of this process: `ready` is set when it answers, and `stop` when it must end."""
 
-    def __init__(self, parent: int | None, log: Path | None, grace: float) -> None:
+    def __init__(self, parent: int | None, log: Path | None, grace: float = 0) -> None:
         self.ready, self.stop = threading.Event(), threading.Event()
         self._log, self._grace = log, grace
         for signal_number in (signal.SIGTERM, signal.SIGINT):

@@ -87,15 +87,15 @@ class Services:
             await asyncio.gather(*asking.values(), return_exceptions=True)
 
     async def _look_up(self) -> list[tuple[str, int]]:
-        """Return the addresses of all services. Raise `ServiceUnavailable` if a name has none."""
+        """Return the addresses of all services. A name without an address stays a name, which cannot be reached."""
         found: dict[tuple[str, int], None] = {}
+        loop = asyncio.get_running_loop()
         for host, port in self._addresses:
             try:
-                loop = asyncio.get_running_loop()
                 for _, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
                     found[str(address[0]), port] = None
-            except (OSError, UnicodeError) as error:
-                raise ServiceUnavailable(f"{host} has no address ({error}). Check the gateway's --service.") from error
+            except (OSError, UnicodeError):
+                found[host, port] = None
         self.count = len(found)
         return list(found)
 
