@@ -74,7 +74,7 @@ class _Replica(threading.Thread):
     ) -> None:
         super().__init__(name=f"replica-{number}", daemon=True)
         self.number, self.has_failed = number, False
-        self._arguments, self._ready, self._environment, self._stop = arguments, ready, environment, stop
+        self._arguments, self._ready, self._environment, self._stopping = arguments, ready, environment, stop
         self._was_ready = False
         self._lock = threading.Lock()  # held to start and to terminate, so that nothing starts after `terminate`
         self._process: subprocess.Popen[str] | None = None
@@ -89,15 +89,15 @@ class _Replica(threading.Thread):
                 self._was_ready = self._was_ready or self._ready in line
                 self._print(line.rstrip())
             status = process.wait()
-            if self._stop.is_set():
+            if self._stopping.is_set():
                 return
             if not self._was_ready:
                 self.has_failed = True
-                self._stop.set()
+                self._stopping.set()
                 return
             pause = _FIRST_PAUSE if time.monotonic() - started > _LONGEST_PAUSE else pause
             self._print(f"The service ended with status {status}. It starts again in {pause:.0f} s.")
-            self._stop.wait(pause)
+            self._stopping.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def terminate(self) -> None:
@@ -116,7 +116,7 @@ class _Replica(threading.Thread):
     def _start_process(self) -> subprocess.Popen[str] | None:
         """Start the service, or return None if all must stop."""
         with self._lock:
-            if self._stop.is_set():
+            if self._stopping.is_set():
                 return None
             command = [sys.executable, "-c", program_of("__main__"), "serve", "--parent", str(os.getpid())]
             self._process = subprocess.Popen(

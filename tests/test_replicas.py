@@ -45,6 +45,11 @@ class Running:
                 continue
         return found
 
+    def wait_for_another(self, ended: psutil.Process) -> None:
+        """Wait until the service `ended` has ended, and another one serves in its place."""
+        until(lambda: ended not in self.services(), "the service has ended")
+        until(lambda: len(self.services()) == 2 and self.both_serve(), "another one serves")
+
     def up(self) -> list[float]:
         """Return `service_up` of each service."""
         metrics = httpx.get(f"{self.url}/metrics", timeout=60).text
@@ -147,8 +152,7 @@ def test_a_killed_service_costs_no_client_more_than_an_error(script: Script, tin
             clients.wait_for_answers(16)
             killed = running.services()[kill % 2]
             killed.kill()
-            until(lambda: len(running.services()) == 2 and killed not in running.services(), "it starts again")
-            until(running.both_serve, "it is back")
+            running.wait_for_another(killed)
         clients.wait_for_answers(16)
     print(f"{clients.answers} answers, {len(clients.refused)} errors")
     assert clients.wrong == []
@@ -170,8 +174,7 @@ def test_a_rolling_replacement_costs_no_client_anything(script: Script, tiny_fol
         for replaced in running.services():
             clients.wait_for_answers(32)
             replaced.terminate()
-            until(lambda old=replaced: old not in running.services(), "its answers are finished")  # type: ignore[misc]
-            until(lambda: len(running.services()) == 2 and running.both_serve(), "the new one serves")
+            running.wait_for_another(replaced)
         clients.wait_for_answers(32)
     print(f"{clients.answers} answers, {len(clients.refused)} errors")
     assert clients.wrong == clients.refused == []
