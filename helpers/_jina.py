@@ -199,6 +199,8 @@ def serve_executor(
         # Jina's client pings every 10 s, and gRPC closes a connection after the third ping without data.
         # Jina means to allow the pings, but gRPC does not know the names of its options.
         "grpc.http2.max_ping_strikes": 0,
+        # a client that knows the service by a name looks for new ones when its connection ends; running answers go on
+        "grpc.max_connection_age_ms": 60_000,
     }
     runtimes.HANDLED_SIGNALS = ()  # this process sets `stop` when it must end
     try:

@@ -93,6 +93,7 @@ def test_every_import_is_declared(folder: str, extras: set[str]) -> None:
     distributions = {
         "google": "protobuf",
         "grpc": "grpcio",
+        "grpc_health": "grpcio-health-checking",
         "markdown_it": "markdown-it-py",
         "pkg_resources": "setuptools",
         "PIL": "pillow",
