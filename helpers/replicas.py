@@ -34,6 +34,17 @@ def free_ports(count: int) -> list[int]:
     return sorted(ports)
 
 
+def environments(count: int) -> list[dict[str, str]]:
+    """Return the environment variables that each of `count` services gets: a GPU, or its share of the cores."""
+    gpus = gpu_indices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared: dict[str, Any] = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = str(max(1, cores // count))
+    own = [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {} for index in range(count)]
+    return [{**shared, **variables} for variables in own]
+
+
 def run(ports: Sequence[int], arguments: Sequence[str], *, grace: float) -> None:
     """Run a service on each of `ports` until SIGTERM or Ctrl-C, then give their running answers `grace` seconds.
 
@@ -53,7 +64,7 @@ def run(ports: Sequence[int], arguments: Sequence[str], *, grace: float) -> None
             environment=environment,
             stop=stop,
         )
-        for index, (port, environment) in enumerate(zip(ports, _environments(len(ports)), strict=True), start=1)
+        for index, (port, environment) in enumerate(zip(ports, environments(len(ports)), strict=True), start=1)
     ]
     for replica in replicas:
         replica.start()
@@ -134,14 +145,3 @@ class _Replica(threading.Thread):
     def _print(self, line: str) -> None:
         sys.stdout.write(f"[service {self.number}] {line}\n")  # one write, which no other thread's line can break up
         sys.stdout.flush()
-
-
-def _environments(count: int) -> list[dict[str, str]]:
-    """Return the environment variables of each service."""
-    gpus = gpu_indices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shared: dict[str, Any] = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    if not gpus and "OMP_NUM_THREADS" not in os.environ:
-        shared["OMP_NUM_THREADS"] = str(max(1, cores // count))
-    own = [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {} for index in range(count)]
-    return [{**shared, **variables} for variables in own]

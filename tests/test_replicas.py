@@ -17,6 +17,7 @@ import pytest
 from background_program import Program
 from eventually import until
 from helpers.__main__ import main
+from helpers.replicas import environments
 
 Script = Callable[..., Program]
 LENGTH = 60
@@ -192,6 +193,21 @@ def test_a_frozen_service_is_left_out(script: Script, tiny_folder: Path) -> None
     finally:
         frozen.resume()
     until(running.both_serve, "it is back")
+
+
+def test_each_service_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helpers.replicas.gpu_indices", lambda: ["2", "5"])
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments(3)] == ["2", "5", "2"]
+
+
+def test_without_a_gpu_the_services_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helpers.replicas.gpu_indices", lambda: [])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [one["OMP_NUM_THREADS"] for one in environments(3)] == ["2", "2", "2"]
+    assert environments(16)[0]["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert "OMP_NUM_THREADS" not in environments(3)[0]
 
 
 def test_a_model_that_cannot_be_loaded_is_not_started_again(script: Script) -> None:
