@@ -240,7 +240,7 @@ def test_an_unknown_precision_is_refused_before_a_service_starts(
 def test_serve_hands_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, Any]] = []
     monkeypatch.setattr("helpers.server.run", lambda *arguments, **options: calls.append((arguments, options)))
-    words = "serve --model m --precision bf16 --host 0.0.0.0 --port 0 --max-num-seqs 4 --cache-memory 5000"
+    words = "serve --model m --precision bf16 --host 0.0.0.0 --port 0 --max-num-seqs 4 --cache-memory 5000 --grace 2.5"
     assert main([*words.split(), "--parent", "7", "--log", "service.log"]) == 0
     ((arguments, options),) = calls
     assert arguments == ("m", "bf16")
@@ -248,6 +248,7 @@ def test_serve_hands_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) 
         "host": "0.0.0.0",
         "port": 0,
         "engine_args": EngineArgs(max_num_seqs=4, cache_memory=5000),
+        "grace": 2.5,
         "parent": 7,
         "log": Path("service.log"),
     }
