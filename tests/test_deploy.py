@@ -8,13 +8,17 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 import yaml
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -26,6 +30,7 @@ from helpers.__main__ import main
 from helpers.gateway.metrics import Metrics
 from helpers.gateway.process import SECONDS_TO_STOP as SECONDS_OF_GATEWAY
 from helpers.server import SECONDS_TO_STOP as SECONDS_OF_SERVICE
+from running_gateway import running_gateway
 
 KEY = "a-key-of-some-length"
 OVERLAYS = ("cpu", "gpu")
@@ -210,6 +215,40 @@ def test_selectors_and_named_ports_match() -> None:
         }
 
 
+# ---- Health
+
+
+def health_checks() -> list[list[str]]:
+    """Return the commands that Docker runs: for the gateway, and for the service."""
+    gateway, service = [words for name, words in dockerfile() if name == "HEALTHCHECK"]
+    return [ast.literal_eval(words[words.index("[") :]) for words in (gateway, service)]
+
+
+def is_healthy(command: list[str], port: int) -> bool:
+    """Run the command of a health check for another port of this machine."""
+    code = re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{port}", command[2])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300).returncode == 0
+
+
+def test_dockers_health_checks_tell_a_running_program_from_none(tiny_service: Any) -> None:
+    gateway, service = health_checks()
+    assert is_healthy(service, tiny_service.port)
+    with running_gateway(tiny_service.port) as running:
+        assert is_healthy(gateway, running.port)
+    assert not is_healthy(service, running.port)
+    assert not is_healthy(gateway, running.port)
+
+
+def test_the_service_knows_the_names_that_kubernetes_probes(tiny_service: Any) -> None:
+    (container,) = one(base(), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    names = {probe["grpc"].get("service", "") for name, probe in container.items() if name.endswith("Probe")}
+    assert len(names) == 2
+    with grpc.insecure_channel(f"127.0.0.1:{tiny_service.port}") as channel:
+        for name in names:
+            reply = HealthStub(channel).Check(HealthCheckRequest(service=name), timeout=60)
+            assert reply.status == HealthCheckResponse.SERVING
+
+
 # ---- Rights and secrets
 
 
@@ -249,10 +288,6 @@ def test_every_container_of_compose_has_limits_and_no_more_rights_than_it_needs(
     assert "healthcheck" in service or service["image"].partition(":")[0] in OURS
     for dependency in service.get("depends_on", {}).values():
         assert dependency == {"condition": "service_healthy"}
-
-
-def test_both_of_our_images_have_a_health_check() -> None:
-    assert [name for name, _ in dockerfile()].count("HEALTHCHECK") == 2
 
 
 def test_secrets_are_files_that_git_ignores() -> None:
