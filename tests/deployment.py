@@ -15,6 +15,7 @@ import yaml
 from declared import ROOT
 
 DEPLOY = ROOT / "deploy"
+OVERLAYS = ("cpu", "gpu")
 Document = dict[str, Any]
 
 
@@ -38,6 +39,23 @@ def one(manifests: list[Document], kind: str, name: str | None = None) -> Docume
 def pods(manifests: list[Document]) -> list[Document]:
     """Return the specs of all pods."""
     return [it["spec"]["template"]["spec"] for it in manifests if it["kind"] in ("StatefulSet", "Deployment")]
+
+
+def check_rights(pod: Document) -> None:
+    """Assert that a pod has no more rights than it needs, and limits."""
+    context = pod["securityContext"]
+    assert context["runAsNonRoot"] is True and context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    assert not [volume for volume in pod["volumes"] if "hostPath" in volume]
+    for container in pod["containers"]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        for kind in ("requests", "limits"):
+            assert {"cpu", "memory"} <= set(container["resources"][kind])
 
 
 def compose() -> dict[str, Document]:
