@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -237,6 +238,25 @@ class OpenAIServer(Server):
                 choices = json.loads(line[6:]).get("choices")
                 if choices and choices[0]["delta"].get("content"):
                     yield None
+
+
+class Gateway(OpenAIServer):
+    """The gateway of this checkout, in front of `service`, which must be started before."""
+
+    ready_path = "/ready"
+
+    def __init__(self, row: Row, clients: Sequence[int], *, service: Service) -> None:
+        super().__init__(row, clients)
+        self._service = service
+
+    def command(self) -> list[str]:
+        service = ["--service", f"{HOST}:{self._service.port}"]
+        return [sys.executable, "-m", "helpers", "gateway", *service, "--port", str(self.port)]
+
+    def wait_until_ready(self) -> None:
+        super().wait_until_ready()
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/v1/models") as reply:
+            self.model = json.load(reply)["data"][0]["id"]
 
 
 class TransformersServe(OpenAIServer):

@@ -35,6 +35,7 @@ from backends import (
     DTYPES,
     Backend,
     Dialog,
+    Gateway,
     LlamaCppPythonServer,
     LlamaServer,
     Loop,
@@ -52,6 +53,7 @@ from helpers import bundled, catalog, memory, models, prompts
 from measurements import (
     ARTICLE,
     BASELINE,
+    GATEWAY,
     SERVICE,
     Prefill,
     Row,
@@ -119,6 +121,8 @@ SLOTS = 8
 """The number of sequences that llama.cpp's server runs at once."""
 OTHERS = 4
 """The number of answers that a long prompt disturbs."""
+FIRST_TOKENS = 20
+"""The number of pairs, in each round, that compare the time to the first token."""
 PAUSE = 0.3
 """Seconds before each measurement. A backend's threads may spin for 0.2 s after their last work."""
 INSTRUCTION_SETS = (
@@ -202,7 +206,9 @@ def all_backends(options: argparse.Namespace, scale: Scale, folder_for_gguf: Pat
     folder = models.source_of(options.model)
     first, *_ = options.precisions
     for precision in options.precisions:
-        yield Service(Row(SERVICE, precision), scale.clients, project=PROJECT, model=folder)
+        service = Service(Row(SERVICE, precision), scale.clients, project=PROJECT, model=folder)
+        yield service
+        yield Gateway(Row(GATEWAY, precision), scale.clients, service=service)
     if options.baseline:
         yield Service(Row(BASELINE, first), scale.clients, project=options.baseline.resolve(), model=folder)
     others: list[Backend] = []
@@ -290,6 +296,16 @@ def measure_long_answers(service: Backend, article: Backend, scale: Scale) -> Lo
     return answers
 
 
+def measure_added_time(service: Service, gateway: Gateway, scale: Scale) -> str:
+    """Compare the TTFT of one client over HTTP with that over gRPC, in turn. Return the result as a sentence."""
+    added = []
+    for _ in range(FIRST_TOKENS * scale.rounds):
+        (direct,) = Run(service.answer(stories(1), 1)).first_tokens
+        (over_http,) = Run(gateway.answer(stories(1), 1)).first_tokens
+        added.append(over_http - direct)
+    return f"TTFT over HTTP minus TTFT over gRPC: {1000 * median(added):.1f} ms, the median of {len(added)} pairs"
+
+
 def measure_third_turn(service: Server, scale: Scale) -> str:
     """Compare the TTFT of a conversation's third turn with that of the same dialog, sent to a service that does not
     have it in its cache. Return the result as a sentence."""
@@ -370,15 +386,17 @@ def main() -> None:
         backends = list(all_backends(options, scale, folder))
         start(backends, stack)
         service, *_ = (backend for backend in backends if isinstance(backend, Service))
+        gateway = next(backend for backend in backends if isinstance(backend, Gateway))
         article = next((backend for backend in backends if backend.row.name == ARTICLE), None)
         runs = measure_rounds(backends, scale)
         servers = [backend for backend in backends if isinstance(backend, (Service, LlamaServer))]
         prompt_tokens, prefills = measure_prefill(servers, scale)
+        added_time = measure_added_time(service, gateway, scale)
         third_turn = measure_third_turn(service, scale)
         long_answers = measure_long_answers(service, article, scale) if article else None
         peak_memory = {backend.row: backend.peak_memory() for backend in backends}
 
-    facts = [*(long_answers.facts(scale) if long_answers else []), third_turn]
+    facts = [*(long_answers.facts(scale) if long_answers else []), third_turn, added_time]
     summary = f"""\
 {options.model}, {scale.tokens} new tokens for each client, medians of {scale.rounds} rounds. {LEGEND}
 

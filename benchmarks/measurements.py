@@ -12,6 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 SERVICE = "this service"
+GATEWAY = "this service over HTTP"
 BASELINE = "the baseline"
 ARTICLE = "the article's loop"
 

@@ -11,14 +11,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .catalog import BUNDLED
 from .errors import HelpersError, InvalidRequest, to_wire
+from .gateway.options import GatewayArgs
 from .memory import PRECISIONS, check_precision
-from .options import HOST, PORT, EngineArgs, SamplingParams, check_port
+from .options import GRACE, HOST, PORT, EngineArgs, SamplingParams, check_port
 from .prompts import QUESTION, SYSTEM_PROMPT
 from .terminal import check_argument, drop_unwritten, has_piped_input, is_notebook, open_streams, read_input, write
+
+if TYPE_CHECKING:
+    from .gateway.process import GatewayProcess
 
 _EXIT_INTERRUPTED = 130
 
@@ -87,9 +91,11 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Run a service in the foreground until Ctrl-C."""
+    """Run a service in the foreground until Ctrl-C. With ``--replicas``, run several behind one gateway."""
     check_precision(options.precision)
-    with _gateway_beside(options):
+    if options.replicas != 1:
+        return _serve_replicas(options)
+    with _gateway_beside(options) as beside:
         from .server import run
 
         run(
@@ -98,34 +104,60 @@ def serve(options: argparse.Namespace) -> int:
             host=options.host,
             port=options.port,
             engine_args=options.engine_args,
+            grace=options.grace,
             parent=options.parent,
             log=options.log,
+            companion=beside,
         )
     return 0
 
 
 def gateway(options: argparse.Namespace) -> int:
     """Run OpenAI's HTTP API in front of a service, until Ctrl-C."""
+    from .addresses import clean_host
     from .gateway import Keys, create_app
+    from .gateway.hosts import hosts_to_allow
     from .gateway.server import run
 
-    run(
-        create_app(options.service, keys=Keys.load(options.keys), cors=options.cors),
-        host=options.host,
-        port=options.port,
-        certificate=options.ssl_certfile,
-        key=options.ssl_keyfile,
-        parent=options.parent,
-    )
+    args = GatewayArgs.from_namespace(options)
+    keys = Keys.load(args.keys)
+    hosts = hosts_to_allow(clean_host(options.host), keys, args.allowed_host)
+    services = options.service or [f"{HOST}:{PORT}"]
+    app = create_app(services, keys=keys, cors=args.cors or (), allowed_hosts=hosts)
+    run(app, args, host=options.host, port=options.port, parent=options.parent)
     return 0
 
 
-def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+def _serve_replicas(options: argparse.Namespace) -> int:
+    if options.replicas < 1:
+        raise InvalidRequest(f"replicas is {options.replicas}. Start at least 1 service.")
+    if options.http is None:
+        raise InvalidRequest("--replicas needs a gateway, which shares out the requests. Add --http 8000.")
+    if (options.host, options.port) != (HOST, PORT):
+        raise InvalidRequest(
+            "With --replicas, the services listen on free ports of 127.0.0.1. Leave --host and --port out."
+        )
+    from . import replicas
+
+    ports = replicas.free_ports(options.replicas)
+    arguments = ["--model", options.model, "--precision", options.precision, *options.engine_args.to_arguments()]
+    with _gateway_beside(options, ports) as beside:
+        replicas.run(ports, arguments, grace=options.grace, companion=beside)
+    return 0
+
+
+def _gateway_beside(
+    options: argparse.Namespace, ports: Sequence[int] = ()
+) -> contextlib.AbstractContextManager[GatewayProcess | None]:
     """Return a context in which a gateway runs beside the service, if ``--http`` asks for one.
 
+    With `ports`, the gateway stands in front of several services of this machine.
     Raise before anything is started if the gateway could not start. Set a free port for ``--port 0``.
     """
+    args = GatewayArgs.from_namespace(options)
     if options.http is None:
+        if given := ", ".join(args.given()):
+            raise InvalidRequest(f"Without --http no gateway runs that {given} could be for. Add --http 8000.")
         return contextlib.nullcontext()
     from .addresses import clean_host, host_to_ask, join, split
     from .gateway.keys import Keys
@@ -133,14 +165,12 @@ def _gateway_beside(options: argparse.Namespace) -> contextlib.AbstractContextMa
     from .processes import port_to_listen_on
     from .service import program_of
 
-    options.port = port_to_listen_on(clean_host(options.host), options.port)
+    if not ports:
+        options.port = port_to_listen_on(clean_host(options.host), options.port)
     host, port = split(options.http if ":" in options.http else f"{HOST}:{options.http}")
-    Keys.load(options.keys)
-    arguments = ["--host", host, "--port", str(port_to_listen_on(host, port))]
-    arguments += ["--keys", str(options.keys)] if options.keys else []
-    arguments += [word for origin in options.cors for word in ("--cors", origin)]
-    service = join(host_to_ask(options.host), options.port)
-    return beside(service, arguments, program=program_of("__main__"))
+    Keys.load(args.keys)
+    services = [join(host_to_ask(options.host), service) for service in ports or [options.port]]
+    return beside(services, args, host=host, port=port_to_listen_on(host, port), program=program_of("__main__"))
 
 
 def _question(argument: str | None) -> str:
@@ -244,22 +274,34 @@ def _parser() -> argparse.ArgumentParser:
     add(chat, parents=[request], help="chat in the terminal")
 
     public = argparse.ArgumentParser(add_help=False)
-    public.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one on each line (default: none)")
-    public.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="may call from a browser")
+    GatewayArgs.add_to(public)
 
     service = add(serve, parents=[model, public], help="run a service")
     service.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     service.add_argument("--port", type=int, default=PORT, help="0 takes any free port (default: %(default)s)")
+    service.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help="how long running answers may take when the service stops (default: %(default)s)",
+    )
     EngineArgs.add_to(service)
+    service.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="run N services behind one gateway (default: %(default)s)"
+    )
     service.add_argument("--http", metavar="[HOST:]PORT", help="run a gateway too, with OpenAI's HTTP API")
     service.add_argument("--log", type=Path, help=argparse.SUPPRESS)
 
     http = add(gateway, parents=[public], help="run OpenAI's HTTP API in front of a service")
-    http.add_argument("--service", default=f"{HOST}:{PORT}", metavar="HOST:PORT", help="default: %(default)s")
+    http.add_argument(
+        "--service",
+        action="append",
+        metavar="HOST:PORT",
+        help=f"may be given several times, or name several services at once (default: {HOST}:{PORT})",
+    )
     http.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
-    http.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="the certificate for HTTPS")
-    http.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="the certificate's key")
     for one in (service, http):
         one.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     return parser

@@ -7,6 +7,7 @@ module prevents or undoes all of that. `prepare_service` changes Jina and the en
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +90,10 @@ def _no_limit_of_files() -> Iterator[None]:
 
 with _unchanged_program():
     from docarray import BaseDoc
+    from docarray.base_doc.mixins.io import _type_to_protobuf
+    from docarray.proto import DocProto
     from docarray.typing import ID
+    from grpc_health.v1.health_pb2 import HealthCheckResponse
     from jina import Deployment, Executor, requests
     from jina.excepts import PortAlreadyUsed
     from jina.parsers import set_pod_parser
@@ -96,6 +101,8 @@ with _unchanged_program():
     from jina.serve.runtimes import asyncio as runtimes
     from jina.serve.runtimes.worker.request_handling import WorkerRequestHandler
     from jina.types.request.data import SingleDocumentRequest
+
+_SERVING, _NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 __all__ = [
     "ID",
@@ -105,6 +112,7 @@ __all__ = [
     "Executor",
     "QuietDoc",
     "SingleDocumentRequest",
+    "SparseDoc",
     "prepare_service",
     "requests",
     "serve_executor",
@@ -122,14 +130,50 @@ class QuietDoc(BaseDoc):
             return handler(source)
 
 
+class SparseDoc(QuietDoc):
+    """A `QuietDoc` whose message leaves out the fields that are None. Their default must be None too."""
+
+    def to_protobuf(self) -> DocProto:
+        """Return the message. Writing a field takes several µs, and most fields of a token's document are None."""
+        return DocProto(data={name: _type_to_protobuf(value) for name, value in self if value is not None})
+
+
 class CannotListen(Exception):
     """The executor's server cannot listen at its host and port."""
 
 
+SECONDS_BETWEEN_LOOKS = 0.1
+"""How often the health that gRPC reports is compared with what the executor says."""
+
+
+_SECONDS_TO_CANCEL = 5
+"""How long gRPC waits after the grace time for answers that the executor has cancelled."""
+
+
+class _Watchers(defaultdict[str, asyncio.Condition]):
+    """The conditions that gRPC's `HealthServicer.Watch` waits for, one for each service's name.
+
+    grpcio-health-checking deletes the condition when one client leaves. All others would wait for it forever.
+    """
+
+    def __delitem__(self, name: str) -> None:
+        pass
+
+
 def serve_executor(
-    executor: Any, *, host: str, port: int, stop: threading.Event, when_ready: Callable[[], object]
+    executor: Any,
+    *,
+    host: str,
+    port: int,
+    stop: threading.Event,
+    when_ready: Callable[[], object],
+    has_room: Callable[[], bool] = lambda: True,
+    grace: float = 0,
 ) -> None:
     """Serve an Executor over gRPC in this process, until `stop` is set. Raise `CannotListen`.
+
+    gRPC's health protocol says that the service "" serves as long as `has_room` returns True, until `stop` is set.
+    Then the server refuses new requests, and the running ones have `grace` seconds.
 
     Jina's Deployment would do the same in a fork of this process, after the model could have been loaded. It runs this
     handler and this runtime too, without a gateway: Jina's gateway hides errors and repeats requests.
@@ -139,6 +183,25 @@ def serve_executor(
         def _load_executor(self, *_: Any, **__: Any) -> None:
             self._executor = executor
 
+    class Runtime(runtimes.AsyncNewLoopRuntime):
+        async def async_setup(self) -> None:
+            await super().async_setup()
+            self.server.health_servicer._server_watchers = _Watchers(asyncio.Condition)
+            self._reporting = asyncio.ensure_future(self._report_health())
+
+        async def _report_health(self) -> None:
+            while True:
+                await self.server.health_servicer.set("", _SERVING if has_room() else _NOT_SERVING)
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+
+        async def async_teardown(self) -> None:
+            self._reporting.cancel()
+            await self.server.health_servicer.enter_graceful_shutdown()
+            stopping = asyncio.ensure_future(self.server.server.stop(grace + _SECONDS_TO_CANCEL))
+            await asyncio.wait({stopping}, timeout=grace)
+            await super().async_teardown()  # cancels what is still running
+            await stopping
+
     args = set_pod_parser().parse_args([])
     args.host, args.port = host, [port]
     args.proxy = True  # a download may need the proxy of the environment
@@ -147,10 +210,12 @@ def serve_executor(
         # Jina's client pings every 10 s, and gRPC closes a connection after the third ping without data.
         # Jina means to allow the pings, but gRPC does not know the names of its options.
         "grpc.http2.max_ping_strikes": 0,
+        # a client that knows the service by a name looks for new ones when its connection ends; running answers go on
+        "grpc.max_connection_age_ms": 60_000,
     }
     runtimes.HANDLED_SIGNALS = ()  # this process sets `stop` when it must end
     try:
-        runtime = runtimes.AsyncNewLoopRuntime(args, cancel_event=stop, req_handler_cls=Handler)
+        runtime = Runtime(args, cancel_event=stop, req_handler_cls=Handler)
     except (PortAlreadyUsed, RuntimeError) as error:
         raise CannotListen(str(error)) from error
     with runtime:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import ServiceUnavailable, from_wire, to_wire
+from .logprobs import TokenLogprobs, from_fields
 
 if TYPE_CHECKING:
     from .fields import OutputFields
@@ -39,8 +41,12 @@ class Answer:
       ``cancelled`` (by the client) or ``error``. None until the answer ends.
     - ``error``: ``"ClassName: what happened and what to do"``, if the answer failed.
     - ``prompt_tokens``, ``completion_tokens``: the usage. ``prompt_tokens`` is None before the first token.
+    - ``cached_tokens``: how many tokens of the prompt came from the service's prefix cache.
+    - ``queue_seconds``: how long the request waited in the service's queue. Both are None before the first token.
     - ``dropped_turns``: how many of the oldest turns of the dialog were dropped to fit the context window.
     - ``time_to_first_token``, ``seconds``: the seconds from the request to the first and to the latest token.
+    - ``logprobs``: the log-probabilities of the tokens of ``text``, if the request asks for them. A token that a stop
+      string has cut off has none.
 
     `on_start` is called when the iteration begins, and may raise to prevent it. `on_end` is called when
     ``finish_reason`` is final. Both get the answer. An answer that has ended can be copied and pickled, without them.
@@ -62,7 +68,11 @@ class Answer:
         self.error: str | None = None
         self.prompt_tokens: int | None = None
         self.completion_tokens = 0
+        self.cached_tokens: int | None = None
+        self.queue_seconds: float | None = None
         self.dropped_turns = 0
+        self.logprobs: list[TokenLogprobs] = []
+        self._held_logprobs: deque[TokenLogprobs] = deque()  # of tokens whose text has not arrived
         self.time_to_first_token: float | None = None
         self.seconds = 0.0
 
@@ -172,6 +182,7 @@ class Answer:
                 return ""
             if document.prompt_tokens is not None:
                 self.prompt_tokens = document.prompt_tokens
+                self.cached_tokens, self.queue_seconds = document.cached_tokens, document.queue_seconds
                 self.dropped_turns = document.dropped_turns or 0
             if document.finish_reason:
                 self.finish_reason = document.finish_reason
@@ -180,4 +191,8 @@ class Answer:
                 self.time_to_first_token = self.time_to_first_token or self.seconds
                 self.completion_tokens += 1
             self.text += document.generated_text
+            if token := from_fields(document):
+                self._held_logprobs.append(token)
+            while self._held_logprobs and self._held_logprobs[0].text_offset < len(self.text):
+                self.logprobs.append(self._held_logprobs.popleft())
         return document.generated_text

@@ -30,6 +30,7 @@ def stream(
     top_p: float | None = SamplingParams.top_p,
     seed: int | None = None,
     stop: str | Sequence[str] | None = (),
+    logprobs: int | None = None,
     host: str = HOST,
     port: int = PORT,
 ) -> Answer:
@@ -52,6 +53,7 @@ def stream(
         top_p=top_p,
         seed=seed,
         stop=stop,
+        logprobs=logprobs,
     )
     return Answer(Call(endpoint_of(request), request, OutputFields, host, port))
 
@@ -92,6 +94,7 @@ def build_request(
     top_p: float | None = SamplingParams.top_p,
     seed: int | None = None,
     stop: str | Sequence[str] | None = (),
+    logprobs: int | None = None,
 ) -> ChatFields | PromptFields:
     """Return the fields of the document that `stream` sends. The arguments are those of `stream`.
 
@@ -114,6 +117,7 @@ def build_request(
         "top_p": top_p,
         "seed": seed,
         "stop": stop,
+        "logprobs": logprobs,
     }
     try:
         request: ChatFields | PromptFields

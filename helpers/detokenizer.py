@@ -52,6 +52,8 @@ class Detokenizer:
         self._all = self._shown = _StopStrings([string for string in stop if string])
         self.stopped = False
         """True after a stop string. The text is then complete, and further tokens add nothing."""
+        self.length = 0
+        """How many characters the tokens so far make, with those that are held back for a stop string."""
 
     def push(self, token_id: int) -> str:
         """Return the text that becomes certain with this token. It may be empty."""
@@ -64,6 +66,13 @@ class Detokenizer:
             return ""
         return self._show(self._decoder.flush()) + self._hide(token)
 
+    def utf8_of(self, token_id: int) -> bytes:
+        """Return the bytes of a token: those that it adds to the text, or the spelling of a control token."""
+        token = self._token_of(token_id)
+        if token is None:
+            return b""
+        return token.encode() if token_id in self._control else self._decoder.utf8_of(token_id, token)
+
     def finish(self) -> str:
         """Return the rest: the text held back for a stop string, and incomplete bytes as `�`."""
         rest = self._show(self._decoder.finish())
@@ -75,6 +84,7 @@ class Detokenizer:
         if self._lstrip:
             piece = piece.lstrip(" ")
             self._lstrip = not piece
+        self.length += len(piece)
         if self.stopped or not self._all.strings:
             return "" if self.stopped else piece
         self._held += piece
@@ -142,6 +152,9 @@ class _Decoder(Protocol):
     def push(self, token_id: int, token: str) -> str:
         """Return the text that becomes certain with this token."""
 
+    def utf8_of(self, token_id: int, token: str) -> bytes:
+        """Return the bytes that a token stands for."""
+
     def flush(self) -> str:
         """Return the text that becomes certain if a control token follows."""
 
@@ -192,11 +205,13 @@ class _ByteLevel(_Bytes):
     _BYTES = _gpt2_bytes()
 
     def push(self, token_id: int, token: str) -> str:
+        return self._utf8.decode(self.utf8_of(token_id, token))
+
+    def utf8_of(self, token_id: int, token: str) -> bytes:
         try:
-            raw = bytes(self._BYTES[character] for character in token)
+            return bytes(self._BYTES[character] for character in token)
         except KeyError:  # a token that was added to the vocabulary as plain text
-            raw = token.encode()
-        return self._utf8.decode(raw)
+            return token.encode()
 
 
 class _SentencePiece(_Bytes):
@@ -213,6 +228,10 @@ class _SentencePiece(_Bytes):
         if byte := _BYTE_TOKEN.fullmatch(token):
             return self._stripped(self._utf8.decode(bytes.fromhex(byte[1])))
         return self._stripped(super().finish() + token.replace(self._space, self._replacement))
+
+    def utf8_of(self, token_id: int, token: str) -> bytes:
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes.fromhex(byte[1]) if byte else token.replace(self._space, self._replacement).encode()
 
     def finish(self) -> str:
         return self._stripped(super().finish())
@@ -232,19 +251,22 @@ class _AtTheEnd:
     def __init__(self, tokenizer: Any, continues: list[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = continues
-        self._returned = len(self._decode())
+        self._returned = len(self._decode(self._ids))
 
     def push(self, token_id: int, token: str) -> str:
         self._ids.append(token_id)
         return ""
 
+    def utf8_of(self, token_id: int, token: str) -> bytes:
+        return self._decode([token_id]).encode()
+
     def flush(self) -> str:
-        return "" if self._decode().endswith("�") else self.finish()
+        return "" if self._decode(self._ids).endswith("�") else self.finish()
 
     def finish(self) -> str:
-        text = self._decode()
+        text = self._decode(self._ids)
         piece, self._returned = text[self._returned :], len(text)
         return piece
 
-    def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -19,7 +19,7 @@ from .errors import GenerationFailed, HelpersError, InvalidRequest, QueueFull, S
 from .kv_cache import cache_capacity
 from .options import EngineArgs, SamplingParams
 from .packed import NOT_FINITE_FIX, PackedModel, forward_packed
-from .sampling import make_sampler
+from .sampling import make_sampler, token_logprobs
 from .scheduler import Chunk, Scheduler
 from .sequence import Sequence, TokenStream
 
@@ -75,7 +75,9 @@ class Engine:
         """
         self._check_length(len(prompt_ids), params.max_tokens)
         self._check_ids(prompt_ids)
-        sequence = Sequence(prompt_ids, max_tokens=params.max_tokens, sampler=make_sampler(params))
+        sequence = Sequence(
+            prompt_ids, max_tokens=params.max_tokens, sampler=make_sampler(params), logprobs=params.logprobs
+        )
         with self._changed:
             self.check_queue()
             self.scheduler.add(sequence)
@@ -214,11 +216,14 @@ class Engine:
             return
         try:
             token_id = sequence.sampler(logits) if sequence.sampler else most_likely
+            ends = token_id in self.eos_token_ids
+            if sequence.logprobs is not None and not ends:
+                sequence.stream.logprobs.append(token_logprobs(logits, token_id, sequence.logprobs))
         except Exception as error:
             log.error("sampling failed", exc_info=error)
             self._fail(sequence, error)
             return
-        if token_id in self.eos_token_ids:
+        if ends:
             self._finish(sequence, "stop")
             return
         sequence.ids.append(token_id)

@@ -23,6 +23,7 @@ from .detokenizer import Detokenizer
 from .errors import HelpersError, InvalidRequest, ServiceUnavailable, to_wire
 from .fields import own_refusal, validation_message
 from .loading import LoadedModel, load_model
+from .logprobs import Logprob, to_fields
 from .options import EngineArgs
 from .processes import exit_with_parent_process
 from .schemas import (
@@ -33,6 +34,7 @@ from .schemas import (
     PromptDocument,
     SamplingDocument,
 )
+from .sequence import TokenStream
 
 prepare_service()
 log = logging.getLogger(__name__)
@@ -139,6 +141,14 @@ class TokenStreamingExecutor(Executor):
         """Refuse any other endpoint."""
         yield _failed(InvalidRequest("This service has no such endpoint. Use /stream, /chat, /count or /info."))
 
+    def has_room(self) -> bool:
+        """Return whether the queue has room for another request, and the engine runs."""
+        try:
+            self.engine.check_queue(pending=self._tokenizing)
+        except ServiceUnavailable:
+            return False
+        return True
+
     def close(self) -> None:
         """Cancel all answers and stop the engine. Jina calls this when the service stops."""
         if hasattr(self, "engine"):
@@ -167,11 +177,14 @@ class TokenStreamingExecutor(Executor):
                 lstrip=is_dialog,
             )
             sent = 0
-            usage: Dict[str, Any] = {"prompt_tokens": len(prompt_ids), "dropped_turns": dropped_turns}
             async for token_id in stream:
                 sent += 1
-                first = usage if sent == 1 else {}  # for a client that cancels before the last document
-                yield ModelOutputDocument(token_id=token_id, generated_text=text.push(token_id), **first)
+                # the first one has the usage for a client that cancels before the last document
+                more = _usage(stream, len(prompt_ids), dropped_turns) if sent == 1 else {}
+                if params.logprobs is not None:
+                    ranked = [Logprob(one, text.utf8_of(one), logprob) for one, logprob in stream.logprobs[sent - 1]]
+                    more |= to_fields(ranked, text.length)
+                yield ModelOutputDocument(token_id=token_id, generated_text=text.push(token_id), **more)
                 if text.stopped:
                     break
             if stream.finish_reason == "cancelled":
@@ -183,7 +196,7 @@ class TokenStreamingExecutor(Executor):
                 generated_text=text.finish(),
                 finish_reason="stop" if text.stopped else stream.finish_reason,
                 completion_tokens=sent,
-                **usage,
+                **_usage(stream, len(prompt_ids), dropped_turns),
             )
         except Exception as error:
             if not isinstance(error, HelpersError):
@@ -240,6 +253,16 @@ def _check_readable(doc: SamplingDocument) -> None:
     """Raise `InvalidRequest` if `doc` is a `_Received` with a refusal."""
     if refusal := getattr(doc, "refusal", None):
         raise InvalidRequest(refusal)
+
+
+def _usage(stream: TokenStream, prompt_tokens: int, dropped_turns: int) -> Dict[str, Any]:
+    """Return what the first and the last document of a stream tell about its prompt."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "dropped_turns": dropped_turns,
+        "cached_tokens": stream.cached_tokens,
+        "queue_seconds": stream.queue_seconds,
+    }
 
 
 def _failed(error: Exception) -> ModelOutputDocument:

@@ -25,8 +25,9 @@ class SamplingFields(BaseModel):
     top_p: float = 1.0
     seed: Optional[int] = None
     stop: List[str] = []
+    logprobs: Optional[int] = None
 
-    @field_validator("max_tokens", "temperature", "top_p", "seed", mode="before")
+    @field_validator("max_tokens", "temperature", "top_p", "seed", "logprobs", mode="before")
     @classmethod
     def _is_not_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool):  # which pydantic reads as 0 or 1
@@ -51,6 +52,7 @@ class SamplingFields(BaseModel):
             top_p=self.top_p,
             seed=self.seed,
             stop=self.stop,
+            logprobs=self.logprobs,
         )
 
 
@@ -89,6 +91,8 @@ class OutputFields(BaseModel):
     Set in the first and the last document, but not in a last document that reports an error:
 
     - ``prompt_tokens``: the length of the prompt.
+    - ``cached_tokens``: how many of these tokens were not read again, because the prefix cache held them.
+    - ``queue_seconds``: how long the request waited until it was admitted.
     - ``dropped_turns``: how many of the oldest turns of a dialog were dropped to fit the context window.
 
     Set only in the last document, which stands for no token (`token_id` is -1):
@@ -97,15 +101,29 @@ class OutputFields(BaseModel):
       (`max_tokens` reached) or ``error``.
     - ``completion_tokens``: how many documents came before this one.
     - ``error``: ``"ClassName: what happened and what to do"``, a class of `helpers.errors`.
+
+    Set for each token if the request asks for `logprobs`; `helpers.logprobs` reads and writes them:
+
+    - ``logprobs``: the log-probability of the token, and then of the most likely ones, the most likely first.
+    - ``logprob_ids``, ``logprob_tokens``: the ids of these tokens, and their bytes in hexadecimal digits.
+    - ``text_offset``: how many characters of the text come before the token's own. If the complete text has no more
+      than these, a stop string has cut the token off.
     """
 
+    # flat lists: Jina's gateway cannot describe dicts of any type, or lists inside lists
     token_id: int
     generated_text: str
     finish_reason: Optional[str] = None
     prompt_tokens: Optional[int] = None
     completion_tokens: Optional[int] = None
+    cached_tokens: Optional[int] = None
+    queue_seconds: Optional[float] = None
     dropped_turns: Optional[int] = None
     error: Optional[str] = None
+    logprobs: Optional[List[float]] = None
+    logprob_ids: Optional[List[int]] = None
+    logprob_tokens: Optional[List[str]] = None
+    text_offset: Optional[int] = None
 
 
 class CountFields(BaseModel):

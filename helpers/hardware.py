@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import runpy
@@ -165,6 +166,15 @@ def _gpu() -> tuple[Gpu | None, str]:
     if torch is None:
         return seen, ""
     return None, f"the installed torch ({installed_version('torch')}) cannot use the {seen.name}"
+
+
+def gpu_indices() -> list[str]:
+    """Return the entry of CUDA_VISIBLE_DEVICES for each GPU, or [] if torch can use none."""
+    if _gpu()[0] is None:
+        return []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    found = chosen or _output(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], seconds=20) or "0"
+    return re.findall(r"[^,\s]+", found)
 
 
 def _is_built_for_gpus(torch: ModuleSpec) -> bool:

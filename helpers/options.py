@@ -18,12 +18,16 @@ from .errors import InvalidRequest
 HOST = "127.0.0.1"
 PORT = 12345
 """The article's port."""
+GRACE = 8
+"""The seconds that running answers have when a service stops. Docker kills a container after 10 s."""
 GREEDY_TEMPERATURE = 1e-5
 """Below this, a temperature counts as 0 (vLLM's ``_SAMPLING_EPS``): dividing logits by it may overflow."""
 MAX_MESSAGES, MAX_CHARACTERS = 20_000, 8_000_000
 """The limits of a dialog, far above those of any real conversation."""
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
 """The limits of stop strings. Each new token is compared with all of them, while all other answers wait."""
+MAX_LOGPROBS = 20
+"""The most likely tokens that a request may ask for at each place. OpenAI's limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class SamplingParams:
     - ``seed``: a whole number from 0 to 2**31 - 1 that makes a sample repeatable.
     - ``stop``: the answer ends before the first of these strings, at most 16 of at most 256 characters each. A single
       string is one stop string.
+    - ``logprobs``: report the log-probability of each token, and of this many of the most likely tokens at its place,
+      from 0 to 20. None reports nothing.
     """
 
     max_tokens: int = 256
@@ -46,6 +52,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _set_defaults(self)
@@ -68,6 +75,10 @@ class SamplingParams:
         if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_LENGTH:
             raise InvalidRequest(
                 f"A stop string has {longest:,} characters. Give stop strings of at most {MAX_STOP_LENGTH} characters."
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InvalidRequest(
+                f"logprobs is {self.logprobs}. Ask for 0 to {MAX_LOGPROBS} of the most likely tokens at each place."
             )
 
 

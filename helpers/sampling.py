@@ -1,4 +1,4 @@
-"""Logits in, the id of the next token out."""
+"""Logits in, the id of the next token out, and its log-probability for a request that asks."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def make_sampler(params: SamplingParams) -> Callable[[Tensor], int] | None:
         return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
     return sample
+
+
+def token_logprobs(logits: Tensor, token_id: int, n: int) -> list[tuple[int, float]]:
+    """Return the id and the log-probability of a token, and then those of the `n` most likely ones.
+
+    `logits`, (vocabulary,), are the model's own, before `temperature` and `top_p`. If tokens tie, `token_id` comes
+    first, so the token of greedy decoding is the most likely one.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    ids = list({token_id, *logits.topk(min(n, len(logits))).indices.tolist()})
+    values = dict(zip(ids, logprobs[ids].tolist(), strict=True))
+    most_likely = sorted(ids, key=lambda one: (-values[one], one != token_id, one))[:n]
+    return [(one, values[one]) for one in [token_id, *most_likely]]
 
 
 def _top_p(probabilities: Tensor, p: float) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Append `sequence` to the queue."""
+        sequence.added_at = time.monotonic()
         self.waiting.append(sequence)
 
     def can_admit(self, sequence: Sequence) -> bool:
@@ -66,6 +67,7 @@ class Scheduler:
         while self.waiting and self.can_admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             sequence.admitted_at = time.monotonic()
+            sequence.stream.queue_seconds = sequence.admitted_at - sequence.added_at
             self.running.append(sequence)
 
     def remove_cancelled(self) -> list[Sequence]:
@@ -88,6 +90,7 @@ class Scheduler:
                 if self._should_wait(sequence, match, ahead=self.running[:n]):
                     continue
                 sequence.cache = self._new_cache(sequence, match)
+                sequence.stream.cached_tokens = sequence.cache.length
             chunk = Chunk(sequence, sequence.unread_ids)
             (decode if len(chunk.ids) == 1 else prefill).append(chunk)
         return decode + _share_budget(prefill)

@@ -11,7 +11,7 @@ without that last document has failed, however it ended. `helpers.fields` descri
 # No `from __future__ import annotations`, and Optional instead of `| None`: Jina and DocArray read the annotations.
 from typing import Optional
 
-from ._jina import ID, QuietDoc
+from ._jina import ID, QuietDoc, SparseDoc
 from .fields import ChatFields, CountFields, ModelFields, OutputFields, PromptFields, SamplingFields
 
 
@@ -27,7 +27,7 @@ class ChatDocument(ChatFields, SamplingDocument):
     """A request to ``/chat``."""
 
 
-class _Reply(QuietDoc):
+class _Reply(SparseDoc):
     # DocArray's own field. It stays empty: creating and reading an id takes longer than all other fields together.
     id: Optional[ID] = None
 

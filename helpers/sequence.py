@@ -33,6 +33,12 @@ class TokenStream:
 
         None until the answer ends."""
         self.cancelled = False
+        self.logprobs: list[list[tuple[int, float]]] = []
+        """`helpers.sampling.token_logprobs` of each token so far, if the request asks for them."""
+        self.cached_tokens = 0
+        """How many tokens of the prompt the prefix cache held. Final when the first token arrives."""
+        self.queue_seconds = 0.0
+        """How long the request waited until it was admitted. Final when the first token arrives."""
         self._items: deque[int | HelpersError | None] = deque()
         self._arrived = threading.Event()
         self._wake: Callable[[], Any] = self._arrived.set
@@ -88,18 +94,27 @@ class Sequence:
 
     - `ids`: the token ids of the prompt, then those of the answer.
     - `sampler`: `helpers.sampling.make_sampler`, or None for greedy decoding.
+    - `logprobs`: how many of the most likely tokens to report beside each token, or None for no log-probabilities.
     - `stream`: where the client reads the answer.
     - `cache`: the KV cache, from the sequence's first step until it finishes.
-    - `admitted_at`: when it began to run, in seconds of `time.monotonic`.
+    - `added_at`, `admitted_at`: when it began to wait and to run, in seconds of `time.monotonic`.
     """
 
-    def __init__(self, prompt_ids: list[int], *, max_tokens: int, sampler: Callable[[Tensor], int] | None) -> None:
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        sampler: Callable[[Tensor], int] | None,
+        logprobs: int | None = None,
+    ) -> None:
         self.ids = list(prompt_ids)
         self.max_tokens = max_tokens
         self.sampler = sampler
+        self.logprobs = logprobs
         self.stream = TokenStream()
         self.cache: KVCache | None = None
-        self.admitted_at = 0.0
+        self.added_at = self.admitted_at = 0.0
         self._prompt_tokens = len(prompt_ids)
 
     @property

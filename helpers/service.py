@@ -85,7 +85,7 @@ def serve(
     limits = EngineArgs(**engine_args)
     host = clean_host(host)
     port = port_to_listen_on(host, port)
-    options = ["--model", model, "--precision", precision, "--host", host, *limits.to_arguments()]
+    options = ["--model", model, "--precision", precision, "--host", host, "--grace=0", *limits.to_arguments()]
     return Service("__main__", ["serve"], options, host=host, port=port)
 
 

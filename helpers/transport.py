@@ -16,10 +16,10 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Generic, TypeVar
 
-from grpc import RpcError, StatusCode
+from grpc import ChannelConnectivity, RpcError, StatusCode
 from pydantic import BaseModel
 
 from .addresses import bypasses_proxy, host_to_ask, join
@@ -34,22 +34,32 @@ Fields = TypeVar("Fields", bound=BaseModel)
 class Call(Generic[Fields]):
     """One request to an endpoint of a service. It is sent when its reply is read.
 
-    `request` and `reply_type` are of `helpers.fields` or `helpers.schemas`. The constructor raises `InvalidRequest` if
-    `host` is not a host or `port` not a port. Reading raises `ServiceUnavailable` if no service answers, or if it goes
-    away.
+    `request` and `reply_type` are of `helpers.fields` or `helpers.schemas`. The call opens a connection of its own,
+    or uses those of `shared`, to any of its services. The constructor raises `InvalidRequest` if `host` is not a host
+    or `port` not a port. Reading raises `ServiceUnavailable` if no service answers, or if it goes away.
     """
 
-    def __init__(self, endpoint: str, request: BaseModel, reply_type: type[Fields], host: str, port: int) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        request: BaseModel,
+        reply_type: type[Fields],
+        host: str,
+        port: int,
+        *,
+        shared: SharedChannel | None = None,
+    ) -> None:
         self.endpoint, self.request, self.reply_type = endpoint, request, reply_type
         self.host, self.port = host_to_ask(host), check_port(port)
+        self._shared, self._is_sharing = shared, False
         self._channel: Any = None
+        self._replies: Any = None
         self._cancelled = False
 
     def cancel(self) -> None:
         """Cancel the request, from any thread: reading ends or raises at once. Nothing is sent after that."""
         self._cancelled = True
-        if self._channel is not None:
-            _close(self._channel)
+        self._hang_up()
 
     def document(self) -> Fields:
         """Return the reply of an endpoint that replies with one document."""
@@ -66,17 +76,19 @@ class Call(Generic[Fields]):
         a notebook that uses Jina's client has (grpc/grpc#25364).
         """
         request = write_request(self.endpoint, self.request)
-        with self._as_service_unavailable(), _open_channel(self.host, self.port) as self._channel:
+        with self._as_service_unavailable(), self._open() as self._channel:
             if self._cancelled:
                 return
-            replies = stream_replies(self._channel, request)
+            replies = self._replies = stream_replies(self._channel, request)
             _in_use.add(replies)
             try:
+                if self._cancelled:  # in the meantime, by another thread
+                    return
                 while (reply := _next(replies)) is not None:
                     yield self.reply_type(**read_fields(reply))
                     _check_process()
             finally:
-                if _close(self._channel):
+                if self._hang_up():
                     with suppress(RpcError):  # gRPC keeps the connection until the end of the stream has been read
                         while _next(replies) is not None:
                             pass
@@ -119,6 +131,22 @@ class Call(Generic[Fields]):
         finally:
             self.cancel()
 
+    def _open(self) -> AbstractContextManager[Any]:
+        if self._shared is None:
+            return _open_channel(join(self.host, self.port), _proxy_options(self.host))
+        self._is_sharing = not self._shared.is_failing
+        # if no service serves, ask any that accepts a connection: it knows why
+        return nullcontext(self._shared.open()) if self._is_sharing else self._shared.open_another()
+
+    def _hang_up(self) -> bool:
+        """End the request if this process sent it, and return whether it did."""
+        if not self._is_sharing:
+            return self._channel is not None and _close(self._channel)
+        if self._replies is None or _process != os.getpid():
+            return False
+        self._replies.cancel()
+        return True
+
     @contextmanager
     def _as_service_unavailable(self) -> Iterator[None]:
         try:
@@ -135,6 +163,41 @@ class Call(Generic[Fields]):
             ) from error
 
 
+class SharedChannel:
+    """Connections that many calls share, from any thread. They open with the first call.
+
+    `target` is an address in gRPC's form, which may stand for several services, and `options` are gRPC's.
+    """
+
+    def __init__(self, target: str, options: dict[str, Any]) -> None:
+        self._target, self._options = target, options
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._state = [ChannelConnectivity.IDLE]
+
+    @property
+    def is_failing(self) -> bool:
+        """Return whether gRPC has found no service that it may call. It keeps trying."""
+        return self._state[0] == ChannelConnectivity.TRANSIENT_FAILURE
+
+    def open(self) -> Any:
+        """Return gRPC's channel. Raise `ServiceUnavailable` in a fork."""
+        with self._lock:
+            _prepare()
+            if self._channel is None:
+                channel = open_channel(self._target, {**_OPTIONS, "SingleThreadedUnaryStream": 1, **self._options})
+                _in_use.add(channel)
+                # gRPC's thread that watches the state also reads the connections while no call does, so news of a
+                # service's health arrive at once. It must not keep this object alive, but only the list
+                channel.subscribe(functools.partial(self._state.__setitem__, 0), try_to_connect=True)
+                self._channel = channel
+            return self._channel
+
+    def open_another(self) -> AbstractContextManager[Any]:
+        """Open a connection to the first service that accepts one, and close it after the block."""
+        return _open_channel(self._target, {**self._options, "grpc.service_config": "{}"})
+
+
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()
 """The channels of this process, and their streams of replies."""
 _process: int | None = None
@@ -142,30 +205,38 @@ _process: int | None = None
 _waiting: set[int] = set()
 """The threads that wait for a reply."""
 _exiting = False
+_OPTIONS = {"grpc.use_local_subchannel_pool": 1}
+"""gRPC's global pool shares the wait after a refused connection, so a new channel would wait too."""
 
 
 @contextmanager
-def _open_channel(host: str, port: int) -> Iterator[Any]:
+def _open_channel(target: str, options: dict[str, Any]) -> Iterator[Any]:
     """Open a connection, and close it after the block. Raise `ServiceUnavailable` in a fork."""
-    global _process
-    _end_thread_at_exit()
-    _check_process()
-    _process = os.getpid()
-    _work_with_gevent()
-    # gRPC's global pool shares the wait after a refused connection, so a new channel would wait too
-    options = {"grpc.use_local_subchannel_pool": 1}
-    if bypasses_proxy(host):
-        options["grpc.enable_http_proxy"] = 0
+    _prepare()
+    options = {**_OPTIONS, **options}
     if threading.current_thread() is not threading.main_thread():
         # this thread then reads by itself, which saves a thread switch per document. Not the main thread: gRPC would
         # never close a connection whose read Ctrl-C has interrupted
         options["SingleThreadedUnaryStream"] = 1
-    channel = open_channel(join(host, port), options)
+    channel = open_channel(target, options)
     try:
         _in_use.add(channel)
         yield channel
     finally:
         _close(channel)
+
+
+def _proxy_options(host: str) -> dict[str, Any]:
+    return {"grpc.enable_http_proxy": 0} if bypasses_proxy(host) else {}
+
+
+def _prepare() -> None:
+    """Make gRPC ready for a channel of this process. Raise `ServiceUnavailable` in a fork."""
+    global _process
+    _end_thread_at_exit()
+    _check_process()
+    _process = os.getpid()
+    _work_with_gevent()
 
 
 def _work_with_gevent() -> None:
@@ -254,7 +325,8 @@ def _close_channels() -> None:
 def is_ready(host: str, port: int) -> bool:
     """Return whether a service of Jina answers: an executor, or a gateway and the executor behind it."""
     try:
-        with _open_channel(host_to_ask(host), port) as channel:
+        host = host_to_ask(host)
+        with _open_channel(join(host, port), _proxy_options(host)) as channel:
             try:
                 return dry_run(channel, seconds=2)
             except RpcError as error:

@@ -16,7 +16,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+SETTINGS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT: dict[str, Any] = SETTINGS["project"]
+PACKAGES: dict[str, Any] = SETTINGS["tool"]["setuptools"]
+GROUPS: dict[str, list[str]] = SETTINGS["dependency-groups"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 DECLARED = {"": PROJECT["dependencies"], **EXTRAS}
 REPOSITORY: str = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from eventually import until
 from helpers.gateway import create_app
+from helpers.gateway.options import GatewayArgs
 from helpers.gateway.records import Record
 from helpers.gateway.server import configure
 from helpers.processes import port_to_listen_on
@@ -31,10 +33,10 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGateway]:
-    """Run a gateway during the block, for the service on `service_port`."""
+def running_gateway(*service_ports: int, mounted_at: str = "", **options: Any) -> Iterator[RunningGateway]:
+    """Run a gateway during the block, for the services on `service_ports`. `mounted_at` is its place in another app."""
     gateway = RunningGateway(port_to_listen_on("127.0.0.1", 0))
-    app = create_app(f"127.0.0.1:{service_port}", **options)
+    app = create_app([f"127.0.0.1:{port}" for port in service_ports], **options)
     metrics = app.state.gateway.metrics
     add = metrics.add
 
@@ -43,8 +45,10 @@ def running_gateway(service_port: int, **options: Any) -> Iterator[RunningGatewa
         gateway.records.append(record)
 
     metrics.add = add_and_keep
-    config = configure(app, host="127.0.0.1", port=gateway.port)
-    config.timeout_graceful_shutdown = 1
+    if mounted_at:
+        inner, app = app, FastAPI()
+        app.mount(mounted_at, inner)
+    config = configure(app, GatewayArgs(timeout_graceful_shutdown=1), host="127.0.0.1", port=gateway.port)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

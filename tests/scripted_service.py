@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from helpers._jina import SingleDocumentRequest
 from helpers.conversation import Conversation
@@ -30,6 +33,7 @@ class ScriptedService:
         self.script: Script = self.count_up
         self.token_counts = CountDocument(prompt_tokens=30, context_length=512)
         self.resume = threading.Event()
+        self.model = "scripted"
         self.port = 0
         self.start()
 
@@ -44,7 +48,9 @@ class ScriptedService:
         from jina.proto.jina_pb2_grpc import add_JinaSingleDocumentRequestRPCServicer_to_server
 
         self.resume.clear()
-        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+        self._health = HealthServicer()
+        self._server = grpc.server(ThreadPoolExecutor(128), options=[("grpc.so_reuseport", 0)])
+        add_HealthServicer_to_server(self._health, self._server)
         add_JinaSingleDocumentRequestRPCServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"{self.host}:{self.port}")
         self._server.start()
@@ -54,6 +60,10 @@ class ScriptedService:
         stopping = self._server.stop(grace=None)
         self.resume.set()
         stopping.wait()
+
+    def report_health(self, serving: bool) -> None:
+        """Say by gRPC's health protocol whether this service serves. At first, it does."""
+        self._health.set("", HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 
     def conversation(self, system: str | None = None, **options: Any) -> Conversation:
         return Conversation(system, port=self.port, **options)
@@ -95,7 +105,7 @@ class ScriptedService:
         endpoint = message.header.exec_endpoint
         if endpoint == "/info":
             loads = {"context_length": 512, "steps": 0, "running": 0, "waiting": 0}
-            yield ModelDocument(model="scripted", precision="fp32", device="cpu", **loads)
+            yield ModelDocument(model=self.model, precision="fp32", device="cpu", **loads)
             return
         if endpoint not in ("/chat", "/stream", "/count"):
             return

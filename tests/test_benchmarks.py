@@ -206,6 +206,13 @@ class FakeBackend:
         self.closed = True
 
 
+class FakeGateway(FakeBackend):
+    """Takes 3 ms longer to the first token."""
+
+    def answer(self, dialogs: Sequence[Any], max_tokens: int) -> list[list[float]]:
+        return [[time + 0.003 for time in times] for times in super().answer(dialogs, max_tokens)]
+
+
 class FakeConversation:
     """A conversation whose every answer begins after 0.1 s."""
 
@@ -230,6 +237,7 @@ def test_a_quick_benchmark_asks_every_backend_and_writes_what_it_found(
     start = bench.start
     monkeypatch.setattr(bench, "start", lambda backends, stack: (started.extend(backends), start(backends, stack)))
     monkeypatch.setattr(bench, "Service", FakeBackend)
+    monkeypatch.setattr(bench, "Gateway", FakeGateway)
     monkeypatch.setattr(bench, "transformers_backends", fakes)
     answer = SimpleNamespace(time_to_first_token=0.4, prompt_tokens=200)
     talking = SimpleNamespace(Conversation=FakeConversation, ask=lambda *_, **__: answer)
@@ -243,7 +251,9 @@ def test_a_quick_benchmark_asks_every_backend_and_writes_what_it_found(
 
     assert [str(backend.row) for backend in started] == [
         "this service at fp32",
+        "this service over HTTP at fp32",
         "this service at int8",
+        "this service over HTTP at int8",
         "the baseline at fp32",
         "the article's loop at fp32",
         "a peer at fp32",
@@ -259,6 +269,8 @@ def test_a_quick_benchmark_asks_every_backend_and_writes_what_it_found(
         "| this service at fp32 | a peer at fp32 | 1.00 |  |\n",
         "A cold prompt of 200 tokens, alone and beside 4 running answers:\n",
         "| the baseline | fp32 | 4000 | 0.05 | 0.20 | 10 | 25 | 30 |\n",
+        "| this service at int8 | this service over HTTP at int8 | 1.02 | 1.02 |\n",
+        "TTFT over HTTP minus TTFT over gRPC: 3.0 ms, the median of 20 pairs\n",
         "- this service at fp32: time for one token of an answer of 24: the article's loop ÷ this service = 1.0\n",
         "a token's cost over an answer of 64 tokens, of this service: at most 1.00 times that at its beginning\n",
         "TTFT of a conversation's third turn, 200 tokens: 0.10 s; of the same text sent cold: 0.40 s; ratio 0.25\n",

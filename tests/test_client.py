@@ -27,7 +27,14 @@ def test_a_question_is_sent_as_a_dialog_with_the_default_sampling_params(scripte
 
 def test_the_system_prompt_comes_first_and_the_options_travel(scripted: ScriptedService) -> None:
     dialog = [{"role": "user", "content": "Hello"}]
-    sampling: dict[str, Any] = {"max_tokens": 3, "temperature": 0.5, "top_p": 0.75, "seed": 7, "stop": ["\n"]}
+    sampling: dict[str, Any] = {
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "seed": 7,
+        "stop": ["\n"],
+        "logprobs": 2,
+    }
     helpers.ask(dialog, system="Be brief.", port=scripted.port, **sampling)
     (request,) = scripted.requests
     assert request.messages == [{"role": "system", "content": "Be brief."}, *dialog]
@@ -65,6 +72,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "^top_p is 0.0"),
     ({"seed": -1}, "^seed is -1"),
     ({"seed": 2**40}, "^seed is 1099511627776"),
+    ({"logprobs": 21}, "^logprobs is 21"),
+    ({"logprobs": True}, "^logprobs is True. Give a number"),
     ({"stop": 5}, "stop: Input should be a valid list"),
     ({"stop": [None]}, r"stop\.0: Input should be a valid string"),
     ({"stop": "a" * 257}, "^A stop string has 257 characters"),
@@ -143,7 +152,9 @@ def test_an_empty_system_prompt_is_none(empty: str) -> None:
 
 @pytest.mark.parametrize("prompt", [{"messages": "Hello"}, {"prompt": "Hello"}], ids=str)
 def test_an_option_that_is_none_is_the_default_and_a_string_is_one_stop_string(prompt: dict[str, str]) -> None:
-    nothing: dict[str, Any] = dict.fromkeys(("system", "max_tokens", "temperature", "top_p", "seed", "stop"))
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("system", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs")
+    )
     default = build_request(**prompt)
     assert build_request(**prompt, **nothing).sampling_params() == default.sampling_params()
     assert build_request(**prompt, stop="\n").stop == ["\n"]

@@ -140,6 +140,31 @@ def test_no_piece_breaks_a_character(tokenizer: Any, text: str) -> None:
     assert "".join(streamed).count("�") == text.count("�")
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_the_bytes_of_all_tokens_joined_are_those_of_the_text(tokenizer: Any, data: st.DataObject) -> None:
+    control = chat_template.control_token_ids(tokenizer)
+    ids = [token_id for token_id in data.draw(random_ids(tokenizer)) if token_id not in control]
+    detokenizer = Detokenizer(tokenizer, continues=ids[:1])
+    joined = b"".join(map(detokenizer.utf8_of, ids[1:]))
+    assert joined.decode(errors="replace") == "".join(map(detokenizer.push, ids[1:])) + detokenizer.finish()
+
+
+def test_the_bytes_of_a_control_token_spell_it(bundled_tokenizer: Any) -> None:
+    detokenizer = Detokenizer(bundled_tokenizer)
+    end = bundled_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (detokenizer.utf8_of(end), detokenizer.utf8_of(10**6)) == (b"<|im_end|>", b"")
+
+
+def test_the_length_counts_what_is_held_back_and_no_incomplete_character(byte_level_tokenizer: Any) -> None:
+    detokenizer = Detokenizer(byte_level_tokenizer, stop=["---"], lstrip=True)
+    lengths = []
+    for token_id in ids_of_bytes(byte_level_tokenizer, "  a--🦙b"):
+        detokenizer.push(token_id)
+        lengths.append(detokenizer.length)
+    assert lengths == [0, 0, 1, 2, 3, 3, 3, 3, 4, 5]
+
+
 def test_text_comes_with_its_token(tokenizer: Any) -> None:
     ids = tokenizer.encode("The cat sat on the mat", add_special_tokens=False)
     detokenizer, so_far = Detokenizer(tokenizer), ""
@@ -290,6 +315,7 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string(byte_level_tok
 def test_a_tokenizer_of_another_family_decodes_its_text_itself(wordpiece_tokenizer: Any) -> None:
     assert pieces(wordpiece_tokenizer, [1, 2, 3]) == ["", "", "", "streaming text"]
     assert decoded(wordpiece_tokenizer, [1, 2, 3]) == "streaming text"
+    assert Detokenizer(wordpiece_tokenizer).utf8_of(3) == b"text"
 
 
 def test_another_family_stops_at_a_control_token_too(wordpiece_tokenizer: Any) -> None:

@@ -20,7 +20,8 @@ PAGES = [
     ROOT / "notebooks/README.md",
 ]
 COMMANDS = ("check", "ask", "chat", "serve", "gateway")
-OF_OTHER_PROGRAMS = {"--quick", "--continuous-batching"}  # benchmarks/bench.py, transformers serve
+# of benchmarks/bench.py, transformers serve and vLLM
+OF_OTHER_PROGRAMS = {"--quick", "--continuous-batching", "--enable-prompt-tokens-details"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 

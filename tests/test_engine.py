@@ -236,6 +236,76 @@ def test_a_long_prompt_does_not_hold_up_the_others(engine: Any, reference: Any, 
     assert max(map(len, gate.passed)) <= PREFILL_BUDGET + 2  # and the tokens of the two that decode
 
 
+# --- Log-probabilities ----------------------------------------------------------------------------
+
+
+def reference_logprobs(model: Any, prompt: list[int], answer: list[int]) -> Any:
+    """Return transformers' own log-probabilities after the prompt and after each token but the last."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    return logits.double().log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_log_probabilities_are_those_of_transformers(
+    engine: Any, tiny_reference: Any, gate: Gate, together: int
+) -> None:
+    prompts = [prompt_of(40 + n, n) for n in range(together)]
+    sampled = {"temperature": 1.2, "top_p": 0.9, "seed": 4}  # neither changes the log-probabilities
+    with gate.shut():
+        streams = [
+            engine.submit(prompt, params(8, logprobs=5, **(sampled if n % 2 else {})))
+            for n, prompt in enumerate(prompts)
+        ]
+    for n, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
+        answer = list(stream)
+        expected = reference_logprobs(tiny_reference, prompt, answer)
+        assert len(stream.logprobs) == len(answer) == 8
+        for token_id, ((first, logprob), *top), row in zip(answer, stream.logprobs, expected, strict=True):
+            assert (first, logprob) == (token_id, pytest.approx(float(row[token_id]), abs=1e-4))
+            assert [one for one, _ in top] == row.topk(5).indices.tolist()
+            assert [value for _, value in top] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
+            assert n % 2 or top[0] == (token_id, logprob)  # greedy
+
+
+def test_only_the_sequences_that_ask_for_log_probabilities_compute_them(
+    engine: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers import sampling
+
+    computed: list[int] = []
+
+    def observed(logits: Any, token_id: int, n: int) -> Any:
+        computed.append(n)
+        return sampling.token_logprobs(logits, token_id, n)
+
+    monkeypatch.setattr("helpers.engine.token_logprobs", observed)
+    with gate.shut():
+        streams = [engine.submit(prompt_of(20, n), params(6, logprobs=n)) for n in (None, 0, None, 3)]
+    assert [len(list(stream)) for stream in streams] == [6] * 4
+    assert [[len(one) for one in stream.logprobs] for stream in streams] == [[], [1] * 6, [], [4] * 6]
+    assert sorted(computed) == [0] * 6 + [3] * 6
+
+
+def test_log_probabilities_do_not_change_a_sampled_answer(engine: Any) -> None:
+    def sample(**options: Any) -> list[int]:
+        return list(engine.submit(PROMPT, params(20, temperature=1.0, seed=7, **options)))
+
+    assert sample() == sample(logprobs=0) == sample(logprobs=20)
+
+
+def test_an_eos_token_has_no_log_probabilities(engine_model: Any, reference: Any) -> None:
+    from helpers.engine import Engine
+
+    eos = reference(PROMPT, 20)[10]
+    engine = Engine(engine_model, eos_token_ids={eos}, context_length=512)
+    stream = engine.submit(PROMPT, params(20, logprobs=1))
+    assert list(stream) == [token_id for (token_id, _), _ in stream.logprobs] == reference(PROMPT, 20)[:10]
+    engine.close()
+
+
 # --- Prefix reuse ---------------------------------------------------------------------------------
 
 
@@ -249,6 +319,7 @@ def test_the_next_turn_reads_only_what_is_new(engine: Any, reference: Any, gate:
     from helpers.kv_cache import BLOCK
 
     reused = (len(first) + 19) // BLOCK * BLOCK  # the last token of the answer was never read
+    assert stream.cached_tokens == reused
     assert gate.passed[0] == second[reused:]
 
 

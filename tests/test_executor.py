@@ -84,6 +84,7 @@ def say(executor: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]],
         def submit(prompt_ids: list[int], params: Any) -> TokenStream:
             stream = TokenStream()
             for token_id in executor.chat_model.tokenizer.convert_tokens_to_ids(tokens):
+                stream.logprobs.append([(token_id, -0.5)])
                 stream.put(token_id)
             stream.end("length")
             return stream
@@ -116,6 +117,34 @@ def test_a_stop_string_ends_the_answer(executor: Any) -> None:
     assert last.completion_tokens == len(stopped) - 1 < 10
 
 
+def test_a_token_tells_its_log_probability_and_the_most_likely_ones(executor: Any, tiny: Any) -> None:
+    plain = received(executor.task(prompt()))
+    *tokens, last = received(executor.task(prompt(logprobs=2)))
+    assert [document.token_id for document in tokens] == [document.token_id for document in plain[:-1]]
+    text, offset = text_of([*tokens, last]), 0
+    for document in tokens:
+        assert document.logprob_ids[:2] == [document.token_id] * 2  # greedy
+        assert document.logprobs[0] == document.logprobs[1] > document.logprobs[2]
+        spelling = bytes.fromhex(document.logprob_tokens[0]).decode()
+        assert document.text_offset == offset
+        assert text[offset:].startswith(spelling)
+        offset += len(spelling)
+    assert offset == len(text)
+    assert all(document.logprobs is document.text_offset is None for document in (last, *plain))
+
+
+def test_the_first_and_the_last_document_tell_what_the_prompt_cost(start: Any) -> None:
+    from helpers.kv_cache import BLOCK
+
+    executor = start()
+    request = prompt("one two three " * 20)
+    for cached in (0, BLOCK):
+        first, *others, last = received(executor.task(request))
+        assert first.cached_tokens == last.cached_tokens == last.prompt_tokens // BLOCK * cached
+        assert first.queue_seconds == last.queue_seconds > 0
+        assert {(document.cached_tokens, document.queue_seconds) for document in others} == {(None, None)}
+
+
 def test_a_stop_string_may_be_a_token_that_is_not_shown(executor: Any, say: Any) -> None:
     say(["▁By", "e", ".", "<s>", "user"])
     assert text_of(received(executor.chat(dialog()))) == "Bye.user"
@@ -139,6 +168,14 @@ def test_an_emoji_arrives_before_the_next_one_is_complete(executor: Any, say: An
     say([f"<0x{byte:02X}>" for byte in "🦙🎉".encode()[:-1]])
     documents = received(executor.chat(dialog()))
     assert [document.generated_text for document in documents] == ["", "", "", "🦙", "", "", "", "�"]
+
+
+def test_a_part_of_a_character_has_log_probabilities_too(executor: Any, say: Any) -> None:
+    say([f"<0x{byte:02X}>" for byte in "🦙".encode()] + ["▁a"])
+    *documents, _ = received(executor.chat(ChatRequest(messages=DIALOG, max_tokens=10, logprobs=0)))
+    assert [document.logprob_tokens for document in documents] == [["f0"], ["9f"], ["a6"], ["99"], [b" a".hex()]]
+    assert [document.text_offset for document in documents] == [0, 0, 0, 0, 1]
+    assert [document.logprobs for document in documents] == [[-0.5]] * 5
 
 
 def test_a_dialog_is_answered_and_counted_in_the_models_own_format(executor: Any, tiny: Any) -> None:
@@ -211,12 +248,13 @@ def test_a_failing_model_ends_the_stream_with_an_error(executor: Any, monkeypatc
     [
         (prompt(max_tokens=0), "max_tokens is 0. Ask for at least 1 token."),
         (prompt(temperature=3.0), "temperature is 3.0. "),
+        (prompt(logprobs=21), "logprobs is 21. "),
         (prompt(max_tokens=512), "more than the 512 tokens of the context window"),
         (prompt("x" * 10**6), "1,000,000 characters, far more than the 512 tokens of the context window can hold"),
         (dialog({"role": "user", "content": "x" * 10**6}), "1,000,000 characters, far more than"),
         (dialog({"role": "assistant", "content": "I end the dialog."}), "assistant"),
     ],
-    ids=["max_tokens", "temperature", "context window", "long prompt", "long question", "no question"],
+    ids=["max_tokens", "temperature", "logprobs", "context window", "long prompt", "long question", "no question"],
 )
 def test_a_request_that_cannot_be_answered_is_refused(executor: Any, document: Any, error: str) -> None:
     endpoint, steps = executor.chat if isinstance(document, ChatRequest) else executor.task, executor.engine.steps

@@ -18,6 +18,7 @@ from fastapi.testclient import TestClient
 from helpers.errors import GenerationFailed, InvalidRequest, QueueFull
 from helpers.gateway import Keys, create_app
 from helpers.gateway.server import HttpProtocol
+from helpers.schemas import ModelOutputDocument
 from running_gateway import RunningGateway, running_gateway
 from scripted_service import ScriptedService, failed, last, tokens
 
@@ -25,6 +26,7 @@ KEY, OTHER_KEY = "a-key-of-some-length", "another-key-of-some-length"
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
 CHAT_PATH = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
+USAGE = {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}, "dropped_turns": 0}
 
 
 @pytest.fixture
@@ -63,7 +65,8 @@ def test_a_chat_is_answered(client: TestClient) -> None:
     (choice,) = reply["choices"]
     assert choice["message"] == {"role": "assistant", "content": "1:0 1:1 1:2 ", "refusal": None}
     assert choice["finish_reason"] == "length"
-    assert reply["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, "dropped_turns": 0}
+    assert choice["logprobs"] is None
+    assert reply["usage"] == USAGE | {"completion_tokens": 3, "total_tokens": 8}
 
 
 def test_a_streamed_chat_begins_with_the_role_and_ends_with_done(client: TestClient) -> None:
@@ -87,7 +90,7 @@ def test_the_usage_comes_in_a_chunk_of_its_own_if_the_client_asks_for_it(client:
     *chunks, usage, _ = events_of(client.post(CHAT_PATH, json={**CHAT, **options}).text)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11, "dropped_turns": 0}
+    assert usage["usage"] == USAGE | {"completion_tokens": 6, "total_tokens": 11}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -177,9 +180,6 @@ NOT_SUPPORTED = [
     ("tool_choice", "required"),
     ("response_format", {"type": "json_object"}),
     ("logit_bias", {"1": 100}),
-    ("logprobs", True),
-    ("logprobs", 0),
-    ("top_logprobs", 2),
     ("presence_penalty", 0.1),
     ("audio", {"voice": "alloy"}),
     ("modalities", ["text", "audio"]),
@@ -221,6 +221,9 @@ def test_a_field_that_is_not_supported_is_refused_by_name(
         ({"max_completion_tokens": 4}, "max_completion_tokens differ"),
         ({"temperature": 2.1}, "temperature is wrong"),
         ({"stop": ["a"] * 17}, "17 stop strings"),
+        ({"logprobs": 0}, "logprobs is wrong"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is wrong"),
+        ({"top_logprobs": 2}, "top_logprobs is 2, but log-probabilities are off. Set logprobs to true"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ],
 )
@@ -251,7 +254,7 @@ def test_a_model_that_the_service_does_not_run_is_a_404(client: TestClient) -> N
         (b"[" * 100_000, JSON, 400),
         (b"{}", {}, 415),
         (b"{}", {"content-type": "text/plain"}, 415),
-        (gzip.compress(b" " * 1000), {**JSON, "content-encoding": "gzip"}, 415),
+        (gzip.compress(b" " * 1000, mtime=0), {**JSON, "content-encoding": "gzip"}, 415),
         (b" " * (8 * 2**20 + 1), JSON, 413),
         (iter([b" " * 2**20] * 9), JSON, 413),
     ],
@@ -318,11 +321,11 @@ def test_without_a_service_the_gateway_lives_and_is_not_ready(scripted: Scripted
     assert error_of(client.get("/ready"), 503)["code"] == "service_unavailable"
     error_of(client.post(CHAT_PATH, json=CHAT), 503)
     error_of(client.get("/v1/models"), 503)
-    assert "service_up 0.0" in client.get("/metrics").text
+    assert f'service_up{{service="127.0.0.1:{scripted.port}"}} 0.0' in client.get("/metrics").text
     scripted.start()
     assert client.get("/ready").status_code == 200
     assert client.post(CHAT_PATH, json=CHAT).status_code == 200
-    assert "service_up 1.0" in client.get("/metrics").text
+    assert f'service_up{{service="127.0.0.1:{scripted.port}"}} 1.0' in client.get("/metrics").text
 
 
 def test_an_unexpected_exception_is_logged_without_its_text(
@@ -438,18 +441,34 @@ def test_the_metrics_count_requests_tokens_and_failures(client: TestClient, scri
     client.post(CHAT_PATH, json={**CHAT, "n": 2})
     scripted.script = scripted.fail
     client.post(CHAT_PATH, json={**CHAT, "stream": True})
+    scripted.script = lambda _: told_by_the_service(cached_tokens=next(cached), queue_seconds=4.0)
+    cached = iter([4, 2, 3])
+    usage = client.post(CHAT_PATH, json={**CHAT, "n": 3}).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
     lines = client.get("/metrics").text.splitlines()
     for line in (
-        'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="200"} 3.0',
+        'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="200"} 4.0',
         'gateway_requests_total{key="",method="POST",route="/v1/chat/completions",status="400"} 1.0',
         'gateway_stream_failures_total{code="invalid_request"} 1.0',
-        'gateway_prompt_tokens_total{key=""} 15.0',
-        'gateway_completion_tokens_total{key=""} 11.0',
-        "gateway_time_to_first_token_seconds_count 3.0",
+        'gateway_prompt_tokens_total{key=""} 20.0',
+        'gateway_cached_prompt_tokens_total{key=""} 2.0',  # the answer that read the prompt for the others
+        'gateway_completion_tokens_total{key=""} 14.0',
+        "gateway_time_to_first_token_seconds_count 4.0",
+        "gateway_queue_time_seconds_count 3.0",  # the other services do not tell
+        "gateway_queue_time_seconds_sum 12.0",
+        'gateway_queue_time_seconds_bucket{le="2.5"} 0.0',
+        'gateway_queue_time_seconds_bucket{le="5.0"} 3.0',
         "gateway_inter_token_latency_seconds_count 7.0",
-        "service_requests_running 0.0",
+        f'service_requests_running{{service="127.0.0.1:{scripted.port}"}} 0.0',
     ):
         assert line in lines
+
+
+def told_by_the_service(**fields: Any) -> Iterator[Any]:
+    """Yield an answer of one token, whose first document carries `fields`."""
+    first = ModelOutputDocument(token_id=1, generated_text="Hi", prompt_tokens=5, **fields)
+    yield first
+    yield last("stop").model_copy(update=fields)
 
 
 def test_the_description_lists_schemas_and_errors(client: TestClient) -> None:

@@ -71,6 +71,24 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI, model: str, tiny_servi
     assert usage is not None and usage.completion_tokens == 30
 
 
+@pytest.mark.parametrize("questions", [12, pytest.param(200, marks=pytest.mark.long)])
+def test_a_stream_never_differs_from_the_answer_at_once(client: openai.OpenAI, model: str, questions: int) -> None:
+    """Half of the questions have a stop text from the middle of their answer. The tiny model writes emoji too."""
+    chosen, texts = random.Random(questions), []
+    for number in range(questions):
+        content = f"{number}: {''.join(chosen.choices('añ 🦙👩‍🚀ل', k=12))}?"
+        asked: Any = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 24}
+        if number % 2:
+            whole = client.chat.completions.create(**asked).choices[0].message.content or ""
+            asked["stop"] = whole[len(whole) // 2 :][:3]
+        (choice,) = client.chat.completions.create(**asked).choices
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == choice.message.content
+        assert chunks[-1].finish_reason == choice.finish_reason == ("stop" if number % 2 else "length")
+        texts.append(choice.message.content)
+    assert not "".join(texts).isascii()
+
+
 def test_the_clients_stream_helper_collects_the_answer(client: openai.OpenAI, model: str, tiny_service: Any) -> None:
     stop = tiny_service.ask(QUESTION, max_tokens=30).text[-4:]  # the helper raises if max_tokens ends the answer
     with client.chat.completions.stream(model=model, messages=QUESTION, max_tokens=30, stop=stop) as stream:
@@ -124,6 +142,41 @@ def test_seeds_make_choices_different_and_repeatable(client: openai.OpenAI, mode
     first = texts()
     assert len(set(first)) == 3
     assert texts() == first
+
+
+def test_log_probabilities_are_those_of_the_service(client: openai.OpenAI, model: str, tiny_service: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0.8, "seed": 5}
+    expected = tiny_service.ask(QUESTION, logprobs=2, **options)
+    create: Any = client.chat.completions.create
+    asked = {"model": model, "messages": QUESTION, "logprobs": True, "top_logprobs": 2, "n": 2, **options}
+    reply = create(**asked)
+    assert reply.choices[0].message.content == expected.text  # and so do plain requests of the same seed
+    assert expected.text == tiny_service.ask(QUESTION, **options).text
+    streamed: dict[int, list[Any]] = {0: [], 1: []}
+    for chunk in create(stream=True, **asked):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.logprobs.content if choice.logprobs else []
+    for choice in reply.choices:
+        assert [token.token for token in choice.logprobs.content] == [one.token for one in streamed[choice.index]]
+    values = [token.logprob for token in reply.choices[0].logprobs.content]
+    assert values == pytest.approx([token.logprob for token in expected.logprobs], abs=1e-4)
+    alternatives = [[top.bytes for top in token.top_logprobs] for token in reply.choices[0].logprobs.content]
+    assert alternatives == [[list(top.utf8) for top in token.top] for token in expected.logprobs]
+
+
+def test_the_usage_tells_which_tokens_came_from_the_cache(client: openai.OpenAI, model: str) -> None:
+    dialog: Any = [{"role": "user", "content": "Tell me a long story of " + "one " * 40}]
+    create: Any = client.chat.completions.create
+    first = create(model=model, messages=dialog, max_tokens=5, n=2)
+    dialog.append({"role": "assistant", "content": first.choices[0].message.content})
+    dialog.append({"role": "user", "content": "And then?"})
+    second = create(model=model, messages=dialog, max_tokens=5, n=2)
+    cached = [reply.usage.prompt_tokens_details.cached_tokens for reply in (first, second)]
+    assert cached[0] < 32  # of its two answers, one reads the prompt; an earlier test may have begun as this one does
+    assert first.usage.prompt_tokens // 32 * 32 <= cached[1] < second.usage.prompt_tokens
+    response = client.responses.create(model=model, input=dialog, max_output_tokens=5)
+    assert response.usage is not None
+    assert response.usage.input_tokens_details.cached_tokens == (second.usage.prompt_tokens - 1) // 32 * 32
 
 
 def test_choices_share_the_prompt(client: openai.OpenAI, model: str, tiny_service: Any) -> None:

@@ -18,7 +18,7 @@ from background_program import Program
 from eventually import until
 from helpers.__main__ import main
 from helpers.gateway import server
-from helpers.gateway.process import SECONDS_TO_STOP
+from helpers.gateway.options import SECONDS_TO_STOP
 from helpers.processes import is_listening
 from scripted_service import ScriptedService
 

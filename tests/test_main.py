@@ -248,8 +248,10 @@ def test_serve_hands_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) 
         "host": "0.0.0.0",
         "port": 0,
         "engine_args": EngineArgs(max_num_seqs=4, cache_memory=5000),
+        "grace": 8,
         "parent": 7,
         "log": Path("service.log"),
+        "companion": None,
     }
 
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from declared import DECLARED, EXTRAS, PROJECT, REPOSITORY, ROOT, imports, pins
+from declared import DECLARED, EXTRAS, PACKAGES, PROJECT, REPOSITORY, ROOT, imports, pins
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
@@ -70,14 +70,16 @@ def test_conda_installs_every_extra_with_the_constraints() -> None:
 
 
 def test_every_folder_of_the_package_is_declared_with_its_files() -> None:
-    import_names = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "helpers").rglob("__init__.py")}
-    settings = (ROOT / "pyproject.toml").read_text("utf-8")
-    (packages,) = re.findall(r"^packages = \[(.*)\]", settings, re.MULTILINE)
-    assert {name.replace("/", ".") for name in import_names} == set(re.findall(r'"(.*?)"', packages))
-    (data,) = re.findall(r"^package-data = \{(.*)\}", settings, re.MULTILINE)
-    assets = {path for kind in ("*.js", "*.css") for path in (ROOT / "helpers").rglob(kind)}
-    assert assets and all(f'"*{path.suffix}"' in data for path in assets)
-    assert all(f'"{path.parent.relative_to(ROOT).as_posix().replace("/", ".")}"' in data for path in assets)
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "helpers").rglob("__init__.py")}
+    assert {name.replace("/", ".") for name in folders} == set(PACKAGES["packages"])
+    assets = {path for path in (ROOT / "helpers").rglob("*") if path.suffix not in ("", ".py", ".pyc")}
+    declared = {
+        path
+        for package, patterns in PACKAGES["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert assets and assets == declared
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,7 @@ def test_every_import_is_declared(folder: str, extras: set[str]) -> None:
     distributions = {
         "google": "protobuf",
         "grpc": "grpcio",
+        "grpc_health": "grpcio-health-checking",
         "markdown_it": "markdown-it-py",
         "pkg_resources": "setuptools",
         "PIL": "pillow",

@@ -1,7 +1,8 @@
-"""From logits to the next token: temperature, top_p and seed."""
+"""From logits to the next token: temperature, top_p and seed; and to its log-probability."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -64,3 +65,25 @@ def test_top_p_reaches_beyond_the_tokens_it_looks_at_first(torch: Any) -> None:
     flat = torch.zeros(4 * LIKELY_TOKENS)  # all equally likely, so half of them are needed for 0.5
     drawn = samples(flat, 2000, temperature=1, top_p=0.5, seed=0)
     assert LIKELY_TOKENS < len(set(drawn)) <= 2 * LIKELY_TOKENS
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 20])
+def test_log_probabilities_are_those_of_the_token_and_of_the_most_likely_ones(torch: Any, n: int) -> None:
+    from helpers.sampling import token_logprobs
+
+    logits = torch.tensor([2.0, -3.0, 7.5, 7.0, 0.25])
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    token, *top = token_logprobs(logits, 4, n)
+    assert token == (4, pytest.approx(float(expected[4])))
+    assert top == [(token_id, pytest.approx(float(expected[token_id]))) for token_id in (2, 3, 0, 4, 1)[:n]]
+
+
+@pytest.mark.parametrize("token_id", range(4))
+def test_of_tokens_that_tie_the_sampled_one_comes_first(torch: Any, token_id: int) -> None:
+    from helpers.sampling import token_logprobs
+
+    logits = torch.full((4,), 1.5, dtype=torch.bfloat16)
+    assert token_logprobs(logits, token_id, 1) == [(token_id, pytest.approx(math.log(0.25)))] * 2
+    assert [one for one, _ in token_logprobs(logits, token_id, 4)][1:] == sorted(
+        range(4), key=lambda one: one != token_id
+    )

@@ -132,6 +132,18 @@ def test_the_estimate_follows_the_latest_sequences(monkeypatch: pytest.MonkeyPat
     assert scheduler.seconds_until_next_finish() == 5  # the latest two took 10 s each
 
 
+def test_the_stream_tells_how_long_its_sequence_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("helpers.scheduler.time", clock)
+    scheduler = Scheduler(max_num_seqs=1, cache_capacity=10_000)
+    first, second = sequence_of(prompt_of(10, 1)), sequence_of(prompt_of(10, 2))
+    add(scheduler, first, second)
+    clock.now = 103.5
+    scheduler.finish(first)
+    scheduler.admit()
+    assert (first.stream.queue_seconds, second.stream.queue_seconds) == (0, 3.5)
+
+
 # --- Chunked prefill ------------------------------------------------------------------------------
 
 
@@ -168,6 +180,7 @@ def test_the_next_turn_takes_over_the_cache_of_the_turn_before(scheduler: Schedu
     second = sequence_of([*first.ids, *prompt_of(30, 2)])
     add(scheduler, second)
     assert step(scheduler)[second] == 250 - 219 // BLOCK * BLOCK  # the last token of the answer was never read
+    assert (first.stream.cached_tokens, second.stream.cached_tokens) == (0, 219 // BLOCK * BLOCK)
     assert second.cache is cache
     assert cache.capacity == second.max_total_tokens
     assert list(scheduler.prefix_cache) == []
@@ -182,6 +195,7 @@ def test_a_question_under_the_same_system_prompt_copies_it(scheduler: Scheduler)
     other = sequence_of([*system, 4, 5, 6])
     add(scheduler, other)
     assert step(scheduler)[other] == 103 - 100 // BLOCK * BLOCK
+    assert other.stream.cached_tokens == 100 // BLOCK * BLOCK
     assert cache in scheduler.prefix_cache
     assert other.cache is not cache
 

@@ -69,6 +69,21 @@ def test_a_stream_is_one_document_per_token_and_a_last_one(tiny_service: Any, ti
     assert last.prompt_tokens == len(prompt_ids)
 
 
+def test_log_probabilities_and_the_cost_of_the_prompt_reach_the_client(tiny_service: Any, tiny: Any) -> None:
+    question = "Is this " + "a very " * 30 + "long question?"
+    first = tiny_service.ask(question, max_tokens=12, logprobs=3)
+    second = tiny_service.ask(question, max_tokens=12)
+    assert (second.text, second.logprobs) == (first.text, [])
+    assert first.cached_tokens < second.cached_tokens == (second.prompt_tokens - 1) // 32 * 32
+    assert first.queue_seconds > 0
+    tokens = [token.token_id for token in first.logprobs]
+    assert len(tokens) == 12
+    assert tiny.tokenizer.decode(tokens) == first.text
+    for token in first.logprobs:
+        assert token.top[0].token_id == token.token_id
+        assert 0 > token.logprob == token.top[0].logprob > token.top[1].logprob > token.top[2].logprob
+
+
 def test_a_dialog_and_its_llama2_text_are_the_same_prompt(tiny_service: Any) -> None:
     dialog = [
         {"role": "system", "content": "Be brief."},
@@ -158,6 +173,8 @@ GOOD = {"prompt": {"text": "Hello"}, "max_tokens": {"integer": 5}}
         ("/stream", {"prompt": {"text": "word " * 600}}, "InvalidRequest: The prompt has [0-9]+ tokens"),
         ("/stream", {"prompt": {"text": "word " * 1_600_000}}, "InvalidRequest: The request has 8,000,000 characters"),
         ("/stream", {"temperature": {"float": 5}}, "InvalidRequest: temperature is 5"),
+        ("/stream", {"logprobs": {"integer": 21}}, "InvalidRequest: logprobs is 21"),
+        ("/stream", {"logprobs": {"boolean": True}}, "InvalidRequest: logprobs is True. Give a number"),
         ("/chat", {}, "InvalidRequest: .*messages: Field required"),
         ("/chat", {"messages": {"text": "Hello"}}, "InvalidRequest: .*messages"),
         ("/nowhere", {}, "InvalidRequest: .*/stream, /chat, /count or /info"),

@@ -69,6 +69,12 @@ def test_a_refusal_passes_through_jinas_gateway(breaking: int, endpoint: str, ch
     assert helpers.info(port=breaking).steps == steps
 
 
+def test_log_probabilities_pass_through_jinas_gateway(breaking: int) -> None:
+    answer = helpers.ask(prompt=SLOW, max_tokens=3, logprobs=2, port=breaking)
+    assert [len(token.top) for token in answer.logprobs] == [2, 2, 2]
+    assert "".join(token.text for token in answer.logprobs) == answer.text
+
+
 def test_an_endpoint_that_raises_is_not_a_short_answer(breaking: int) -> None:
     """Behind Jina's gateway such a stream ends as if all were well, but without a last document."""
     request = PromptDocument(prompt="Hello", max_tokens=5)

@@ -77,7 +77,7 @@ import sys, time
 from pathlib import Path
 from helpers import server
 server.SECONDS_TO_STOP = 0.5
-lifetime = server._Lifetime(None, Path(sys.argv[1]))
+lifetime = server.Lifetime(None, Path(sys.argv[1]))
 lifetime.ready.set()
 print("tokenizing", flush=True)
 while True:

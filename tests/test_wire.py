@@ -17,12 +17,29 @@ from helpers.schemas import ChatDocument, CountDocument, ModelDocument, ModelOut
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBER = st.none() | st.integers(-(2**31), 2**31 - 1)
-SAMPLING = {"max_tokens": st.integers(1, 99), "temperature": st.floats(0, 2), "seed": NUMBER, "stop": st.lists(TEXT)}
+SAMPLING = {
+    "max_tokens": st.integers(1, 99),
+    "temperature": st.floats(0, 2),
+    "seed": NUMBER,
+    "stop": st.lists(TEXT),
+    "logprobs": NUMBER,
+}
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT})
 DOCUMENTS = st.one_of(
     st.builds(PromptDocument, prompt=TEXT, **SAMPLING),
     st.builds(ChatDocument, messages=st.lists(MESSAGE), **SAMPLING),
-    st.builds(ModelOutputDocument, token_id=st.integers(-1, 99), generated_text=TEXT, error=st.none() | TEXT),
+    st.builds(
+        ModelOutputDocument,
+        token_id=st.integers(-1, 99),
+        generated_text=TEXT,
+        error=st.none() | TEXT,
+        queue_seconds=st.none() | st.floats(0),
+        cached_tokens=NUMBER,
+        text_offset=NUMBER,
+        logprobs=st.none() | st.lists(st.floats(max_value=0)),
+        logprob_ids=st.none() | st.lists(st.integers(0, 2**31 - 1)),
+        logprob_tokens=st.none() | st.lists(st.binary(max_size=9).map(bytes.hex)),
+    ),
     st.builds(CountDocument, prompt_tokens=st.integers(0, 99), context_length=st.integers(0, 99)),
 )
 

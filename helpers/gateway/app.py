@@ -9,38 +9,44 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
-from ..addresses import split
 from ..options import HOST, PORT
-from . import chat, completions, responses, status
+from . import chat, completions, page, responses, status
 from .backend import Backend
 from .errors import handle_errors
+from .hosts import CheckHost
 from .keys import Keys
 from .records import RecordRequests
+from .services import Services
 from .settings import KEEP_ALIVE, MAX_BODY, Settings
 
 _DESCRIPTION = "OpenAI's API for one chat model. Fields that are not supported are refused by name."
 
 
 def create_app(
-    service: str = f"{HOST}:{PORT}",
+    service: str | Sequence[str] = f"{HOST}:{PORT}",
     *,
     keys: Keys | Iterable[str] = (),
     cors: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
     max_body: int = MAX_BODY,
     keep_alive: float = KEEP_ALIVE,
 ) -> FastAPI:
     """Return OpenAI's API for the service at ``HOST:PORT``, as an ASGI app. It may be mounted in another app.
 
+    Several services that run the same model share the requests. Give their IP addresses, or one name for all of them.
+
     - `keys`: the API keys, as `Keys` reads them. Without any, every request may pass.
     - `cors`: the origins, such as ``https://chat.example.org``, whose pages may call the gateway from a browser.
+    - `allowed_hosts`: requests must name one of these hosts, or this machine (localhost, 127.0.0.1, ::1), in their
+      header ``Host``. None allows every host.
     - `max_body`: the maximum number of bytes in a request's body.
     - `keep_alive`: the seconds after which a silent stream sends a comment.
 
-    The service need not run yet: until it answers, requests get status 503. Raise `InvalidRequest` for an address that
-    is not one, and for keys that `Keys` refuses.
+    The service need not run yet: until one answers, requests get status 503. Raise `InvalidRequest` for an address or
+    a host that is not one, and for keys that `Keys` refuses.
     """
     settings = Settings(
-        backend=Backend(*split(service)),
+        backend=Backend(Services([service] if isinstance(service, str) else service)),
         keys=keys if isinstance(keys, Keys) else Keys(keys),
         max_body=max_body,
         keep_alive=keep_alive,
@@ -52,7 +58,10 @@ def create_app(
     for router in (chat.router, completions.router, responses.router, status.router):
         app.include_router(router, dependencies=shows_keys)
     app.include_router(status.open_router)
+    app.include_router(page.router)
     handle_errors(app)
+    if allowed_hosts is not None:
+        app.add_middleware(CheckHost, hosts=allowed_hosts)
     app.add_middleware(RecordRequests, metrics=settings.metrics)
     if cors:
         app.add_middleware(

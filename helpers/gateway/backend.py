@@ -1,4 +1,4 @@
-"""The service behind the gateway: its model, and answers from it as they are generated."""
+"""What the services behind the gateway do for it: name their model, and answer as the text is generated."""
 
 from __future__ import annotations
 
@@ -10,53 +10,67 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from ..addresses import host_to_ask
 from ..answer import Answer
 from ..client import endpoint_of
 from ..errors import QueueFull, ServiceUnavailable
-from ..fields import ChatFields, ModelFields, NoFields, OutputFields, PromptFields
-from ..options import check_port
-from ..transport import Call
+from ..fields import ChatFields, ModelFields, OutputFields, PromptFields
+from ..logprobs import TokenLogprobs
+from .errors import ApiError
 from .records import Record
+from .services import Services
 
 log = logging.getLogger(__name__)
 
 _SECONDS_TO_REMEMBER = 10
 """How long the description of the model is used before the service is asked again: it may have been restarted."""
-_SECONDS_TO_ANSWER = 10
-"""How long the service may take to describe its model."""
+_SECONDS_BEFORE_RETRY = 0.25
+"""In this time, the health check reports that the service which failed is not serving, so another one is tried."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the answer number `choice`. The last piece of each choice has no text, but the complete `answer`."""
+    """A piece of the answer number `choice`. The last piece of each choice has no text, but the complete `answer`.
+
+    `logprobs` are those of the tokens whose text begins in `text`.
+    """
 
     choice: int
     text: str
     answer: Answer | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Backend:
-    """The service at `host` and `port`. Nothing is sent before the first request."""
+    """What all requests share: the services, and their model as it was last seen."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host_to_ask(host), check_port(port)
+    def __init__(self, services: Services) -> None:
+        self.services = services
         self._model: ModelFields | None = None
         self._asked_at = 0.0
 
     async def info(self) -> ModelFields:
-        """Return the service's model and its load now. Raise `ServiceUnavailable` if it does not answer in time."""
-        try:
-            self._model = await asyncio.wait_for(self._ask(), _SECONDS_TO_ANSWER)
-        except (asyncio.TimeoutError, ServiceUnavailable) as error:
-            reason = str(error) or f"It did not describe its model within {_SECONDS_TO_ANSWER} s."
-            self._is_unavailable(reason)
-            raise ServiceUnavailable(reason) from None
-        self._asked_at = time.monotonic()
+        """Return the model that the services run now, and the load of one of them.
+
+        Raise `ServiceUnavailable` if none describes its model in time, and an `ApiError` if their models differ.
+        """
+        self._model = None
+        replies = await self.services.describe()
+        models = [reply for reply in replies.values() if isinstance(reply, ModelFields)]
+        for reply in replies.values():
+            if isinstance(reply, ServiceUnavailable):
+                log.warning("%s", reply)
+        if not models:
+            raise ServiceUnavailable("No service describes its model.")
+        names = sorted({model_id(model) for model in models})
+        if len(names) > 1:
+            message = f"The services behind the gateway run different models: {', '.join(names)}."
+            log.error("%s", message)
+            raise ApiError(503, f"{message} Start all of them with the same --model.", code="models_differ")
+        self._model, self._asked_at = min(models, key=lambda model: model.context_length), time.monotonic()
         return self._model
 
     async def model(self) -> ModelFields:
-        """Return the service's model, as it was seconds ago at most. Raise `ServiceUnavailable`."""
+        """Return the services' model, as it was seconds ago at most. Raise as `info` does."""
         if self._model is None or time.monotonic() - self._asked_at > _SECONDS_TO_REMEMBER:
             return await self.info()
         return self._model
@@ -73,7 +87,7 @@ class Backend:
 
         async def read(choice: int, request: ChatFields | PromptFields) -> None:
             try:
-                async for piece in self._pieces(choice, request, record, counts_prompt=choice % n == 0):
+                async for piece in self._pieces(choice, request, record, prompt=choice // n):
                     pieces.put_nowait(piece)
             except Exception as error:
                 if isinstance(error, ServiceUnavailable) and not isinstance(error, QueueFull):
@@ -96,22 +110,42 @@ class Backend:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pieces(
-        self, choice: int, request: ChatFields | PromptFields, record: Record, *, counts_prompt: bool
+        self, choice: int, request: ChatFields | PromptFields, record: Record, *, prompt: int
     ) -> AsyncGenerator[Piece, None]:
-        """Yield the pieces of one answer, and count its tokens as they arrive: the client may leave at any time."""
-        answer = Answer(Call(endpoint_of(request), request, OutputFields, self.host, self.port))
-        counted, arrived_at = 0, 0.0
+        """Yield the pieces of one answer to the prompt number `prompt`.
+
+        If the answer fails before its first token, ask once more, if there are several services.
+        """
+        may_retry = self.services.count > 1
+        while True:
+            answer = Answer(self.services.call(endpoint_of(request), request, OutputFields))
+            try:
+                async with aclosing(self._read(answer, choice, record, prompt=prompt)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            except ServiceUnavailable as error:
+                if answer.completion_tokens or not may_retry:
+                    raise
+                log.warning("%s A request is sent again.", error)
+            may_retry = False
+            await asyncio.sleep(_SECONDS_BEFORE_RETRY)
+
+    async def _read(self, answer: Answer, choice: int, record: Record, *, prompt: int) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of `answer`, and count its tokens as they arrive: the client may leave at any time."""
+        counted, with_logprobs, arrived_at = 0, 0, 0.0
         async with aclosing(answer.__aiter__()) as texts:
             async for text in texts:
                 if counted:
                     record.intervals.append(time.perf_counter() - arrived_at)
-                elif counts_prompt:
-                    record.prompt_tokens += answer.prompt_tokens or 0
+                else:
+                    record.answer_begins(prompt, answer)
                 arrived_at = time.perf_counter()
                 record.token_arrived()
                 record.completion_tokens += answer.completion_tokens - counted
                 counted = answer.completion_tokens
-                yield Piece(choice, text)
+                yield Piece(choice, text, logprobs=answer.logprobs[with_logprobs:])
+                with_logprobs = len(answer.logprobs)
         record.completion_tokens += answer.completion_tokens - counted  # the last ones may have no text
         yield Piece(choice, "", answer)
 
@@ -119,13 +153,6 @@ class Backend:
         """Log why the service does not answer, and forget its model: another one may run when it is back."""
         log.warning("%s", reason)
         self._model = None
-
-    async def _ask(self) -> ModelFields:
-        call = Call("/info", NoFields(), ModelFields, self.host, self.port)
-        async with aclosing(call.documents_async()) as documents:
-            async for document in documents:
-                return document
-        raise ServiceUnavailable("The service does not describe its model. Check the gateway's --service.")
 
 
 def model_id(model: ModelFields) -> str:

@@ -14,11 +14,13 @@ from ..client import build_request
 from ..errors import InvalidRequest
 from ..fields import ChatFields, PromptFields
 from ..messages import plain_messages
+from ..options import MAX_LOGPROBS
 from . import sse
 from .backend import Piece
 from .disconnects import unless_client_leaves
 from .fields import MAX_TOKENS, ChoicesRequest, default_max_tokens, served_model
 from .guard import GuardedRoute
+from .logprobs import ChatLogprobs, count_to_ask_for, token_logprobs
 from .records import record_of
 from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
 from .settings import settings_of
@@ -58,8 +60,6 @@ class ChatCompletionRequest(ChoicesRequest):
         "function_call": ("none", "auto"),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "logit_bias": ({},),
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
@@ -74,14 +74,20 @@ class ChatCompletionRequest(ChoicesRequest):
     """The maximum number of tokens in an answer."""
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """OpenAI's older name of `max_completion_tokens`."""
+    logprobs: bool | None = None
+    """Report the log-probability of each token: the model's own, before `temperature` and `top_p`."""
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """How many of the most likely tokens to report beside each. It needs `logprobs`."""
 
     def requests(self, context_length: int) -> list[ChatFields | PromptFields]:
-        """Return a request to the service for each choice. Raise `InvalidRequest`."""
+        """Return a request to the service for each choice. Raise `InvalidRequest` or an `ApiError` of status 400."""
         given = {self.max_completion_tokens, self.max_tokens} - {None}
         if len(given) > 1:
             raise InvalidRequest("max_tokens and max_completion_tokens differ. Leave max_tokens out.")
         max_tokens = given.pop() if given else default_max_tokens(context_length)
-        return self.repeat(build_request(plain_messages(self.messages), max_tokens=max_tokens, **self.sampling()))
+        logprobs = count_to_ask_for(self.top_logprobs, is_on=bool(self.logprobs), switch="logprobs to true")
+        messages = plain_messages(self.messages)
+        return self.repeat(build_request(messages, max_tokens=max_tokens, logprobs=logprobs, **self.sampling()))
 
 
 class AnswerMessage(BaseModel):
@@ -97,7 +103,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -131,7 +137,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         return await sse.stream(request, chunks, keep_alive=settings.keep_alive)
     answers = await unless_client_leaves(request, complete(pieces))
     choices = [
-        {"index": index, "message": {"content": answer.text}, "finish_reason": answer.finish_reason}
+        {
+            "index": index,
+            "message": {"content": answer.text},
+            "logprobs": {"content": token_logprobs(answer.logprobs)} if body.logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
         for index, answer in enumerate(answers)
     ]
     head = new_head("chatcmpl", "chat.completion", body.model)
@@ -145,8 +156,8 @@ async def _chunks(
     if body.wants_usage:
         head["usage"] = None
 
-    def chunk(choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        one = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def chunk(choice: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> bytes:
+        one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return sse.event({**head, "choices": [one]})
 
     begun: set[int] = set()
@@ -157,7 +168,8 @@ async def _chunks(
                 begun.add(piece.choice)
                 yield chunk(piece.choice, {"role": "assistant", "content": ""})
             if piece.answer is None:
-                yield chunk(piece.choice, {"content": piece.text})
+                logprobs = {"content": token_logprobs(piece.logprobs), "refusal": None} if body.logprobs else None
+                yield chunk(piece.choice, {"content": piece.text}, logprobs=logprobs)
             else:
                 answers[piece.choice] = piece.answer
                 yield chunk(piece.choice, {}, piece.answer.finish_reason)

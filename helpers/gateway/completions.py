@@ -18,12 +18,15 @@ from .backend import Piece
 from .disconnects import unless_client_leaves
 from .fields import MAX_CHOICES, MAX_TOKENS, ChoicesRequest, served_model
 from .guard import GuardedRoute
+from .logprobs import CompletionLogprobs, completion_logprobs
 from .records import record_of
 from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
 from .settings import settings_of
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
+MAX_LOGPROBS = 5
+"""OpenAI's, for this older API."""
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -47,6 +50,8 @@ class CompletionRequest(ChoicesRequest):
     """The raw text of a prompt, exactly as the model reads it, or a list of them. Token ids are not supported."""
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     """The maximum number of tokens in an answer: 16, if it is null, as for OpenAI."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Report the log-probability of each token, and of so many of the most likely tokens at its place."""
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -69,7 +74,12 @@ class CompletionRequest(ChoicesRequest):
             request
             for prompt in self.prompts
             for request in self.repeat(
-                build_request(prompt=prompt, max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS, **self.sampling())
+                build_request(
+                    prompt=prompt,
+                    max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS,
+                    logprobs=self.logprobs,
+                    **self.sampling(),
+                )
             )
         ]
 
@@ -79,7 +89,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -110,7 +120,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Any:
         return await sse.stream(request, _chunks(pieces, body, head), keep_alive=settings.keep_alive)
     answers = await unless_client_leaves(request, complete(pieces))
     choices = [
-        {"index": index, "text": answer.text, "finish_reason": answer.finish_reason}
+        {
+            "index": index,
+            "text": answer.text,
+            "logprobs": None if body.logprobs is None else completion_logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
+        }
         for index, answer in enumerate(answers)
     ]
     return {**head, "choices": choices, "usage": usage_of(answers, n=body.choices)}
@@ -128,7 +143,9 @@ async def _chunks(
             if piece.answer is not None:
                 answers[piece.choice] = piece.answer
             finish_reason = piece.answer and piece.answer.finish_reason
-            one = {"index": piece.choice, "text": piece.text, "logprobs": None, "finish_reason": finish_reason}
+            has_logprobs = body.logprobs is not None and piece.answer is None
+            logprobs = completion_logprobs(piece.logprobs) if has_logprobs else None
+            one = {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": finish_reason}
             yield sse.event({**head, "choices": [one]})
     if body.wants_usage:
         usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)

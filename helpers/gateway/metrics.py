@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..errors import ServiceUnavailable
 from ..fields import ModelFields
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ class Metrics:
             registry=self.registry,
         )
         self._prompt_tokens = Counter("gateway_prompt_tokens", "Tokens of prompts.", ["key"], registry=self.registry)
+        self._cached_tokens = Counter(
+            "gateway_cached_prompt_tokens",
+            "Tokens of prompts that came from the service's prefix cache.",
+            ["key"],
+            registry=self.registry,
+        )
         self._completion_tokens = Counter(
             "gateway_completion_tokens", "Tokens of answers.", ["key"], registry=self.registry
         )
@@ -46,22 +54,27 @@ class Metrics:
             buckets=_FIRST_TOKEN_BUCKETS,
             registry=self.registry,
         )
+        self._queue_times = Histogram(
+            "gateway_queue_time_seconds",
+            "Seconds that an answer waited in the service's queue.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=self.registry,
+        )
         self._intervals = Histogram(
             "gateway_inter_token_latency_seconds",
             "Seconds between two pieces of text of one answer.",
             buckets=_INTERVAL_BUCKETS,
             registry=self.registry,
         )
-        self._up = Gauge(
-            "service_up", "1 if the service behind the gateway answers, otherwise 0.", registry=self.registry
-        )
-        self._running = Gauge(
-            "service_requests_running", "Requests that the service is answering.", registry=self.registry
-        )
-        self._waiting = Gauge("service_requests_waiting", "Requests in the service's queue.", registry=self.registry)
-        self._steps = Gauge(
-            "service_steps", "Steps that the model has run since the service started.", registry=self.registry
-        )
+        self._up = self._of_service("service_up", "1 if a service behind the gateway answers, otherwise 0.")
+        self._loads = {
+            "running": self._of_service("service_requests_running", "Requests that a service is answering."),
+            "waiting": self._of_service("service_requests_waiting", "Requests in a service's queue."),
+            "steps": self._of_service("service_steps", "Steps that the model has run since its service started."),
+        }
+
+    def _of_service(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, ["service"], registry=self.registry)
 
     def add(self, record: Record) -> None:
         """Count a request that has ended."""
@@ -69,17 +82,22 @@ class Metrics:
         self._requests.labels(method, record.route, str(record.status), record.key).inc()
         if record.first_token is not None:
             self._prompt_tokens.labels(record.key).inc(record.prompt_tokens)
+            self._cached_tokens.labels(record.key).inc(record.cached_tokens)
             self._completion_tokens.labels(record.key).inc(record.completion_tokens)
             self._first_token.observe(record.first_token)
+        for seconds in record.queue_times:
+            self._queue_times.observe(seconds)
         for interval in record.intervals:
             self._intervals.observe(interval)
         if record.failure:
             self._failures.labels(record.failure).inc()
 
-    def page(self, service: ModelFields | None) -> bytes:
-        """Return all metrics in Prometheus' text format. `service` is None if the service does not answer."""
-        self._up.set(service is not None)
-        self._running.set(service.running if service else 0)
-        self._waiting.set(service.waiting if service else 0)
-        self._steps.set(service.steps if service else 0)
+    def page(self, services: Mapping[str, ModelFields | ServiceUnavailable]) -> bytes:
+        """Return all metrics in Prometheus' text format. `services` are the services' replies by their addresses."""
+        for gauge in (self._up, *self._loads.values()):
+            gauge.clear()
+        for address, reply in services.items():
+            self._up.labels(address).set(isinstance(reply, ModelFields))
+            for field, gauge in self._loads.items():
+                gauge.labels(address).set(getattr(reply, field, 0))
         return generate_latest(self.registry)

@@ -14,14 +14,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..answer import Answer
 from .errors import CLIENT_CLOSED_REQUEST, SHUTTING_DOWN, to_api_error
 from .metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 _IN_SCOPE = "helpers.gateway.record"
-_QUIET = ("/health", "/ready", "/metrics")
-"""Routes that programs ask again and again. The log has only their failures."""
+_QUIET = ("/health", "/ready", "/metrics", "/page/{name}")
+"""Routes that programs and the page ask again and again. The log has only their failures."""
 _REQUEST_ID = "x-request-id"
 
 
@@ -31,6 +32,8 @@ class Record:
 
     - `status`: of the response, or 499 if the client left before the answer was complete.
     - `key`: the name of the API key.
+    - `prompts`: the number of each prompt → its tokens, and how many of them came from the service's prefix cache.
+    - `queue_times`: seconds that each answer waited in the service's queue.
     - `intervals`: seconds between two pieces of text of one answer.
     - `failure`: OpenAI's code of an error in the middle of a stream, whose status is 200.
     - `is_answered`: all answers are complete.
@@ -41,13 +44,34 @@ class Record:
     route: str = "other"
     status: int = 500
     key: str = ""
-    prompt_tokens: int = 0
+    prompts: dict[int, tuple[int, int]] = field(default_factory=dict)
     completion_tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
+    queue_times: list[float] = field(default_factory=list)
     intervals: list[float] = field(default_factory=list)
     failure: str | None = None
     is_answered: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of all prompts, each counted once."""
+        return sum(tokens for tokens, _ in self.prompts.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return how many tokens of the prompts came from the service's prefix cache."""
+        return sum(cached for _, cached in self.prompts.values())
+
+    def answer_begins(self, prompt: int, answer: Answer) -> None:
+        """Note the first text of an answer to the prompt number `prompt`.
+
+        Several answers may share a prompt. The first of them reads it, and only the others find it in the cache.
+        """
+        _, cached = self.prompts.get(prompt, (0, answer.cached_tokens or 0))
+        self.prompts[prompt] = answer.prompt_tokens or 0, min(cached, answer.cached_tokens or 0)
+        if answer.queue_seconds is not None:
+            self.queue_times.append(answer.queue_seconds)
 
     def client_left(self) -> None:
         """Note that the client left before its answer was complete."""

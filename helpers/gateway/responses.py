@@ -9,22 +9,27 @@ from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, field_validator
 
 from ..answer import Answer
 from ..client import build_request
 from ..errors import InvalidRequest
 from ..fields import ChatFields, PromptFields
 from ..messages import Message, plain_messages
+from ..options import MAX_LOGPROBS
 from . import sse
 from .backend import Piece
 from .disconnects import unless_client_leaves
-from .errors import to_api_error
+from .errors import UnsupportedField, to_api_error
 from .fields import MAX_TOKENS, GenerationRequest, default_max_tokens, served_model
 from .guard import GuardedRoute
+from .logprobs import count_to_ask_for, token_logprobs
 from .records import record_of
 from .results import also_streams, complete
 from .settings import settings_of
+
+INCLUDE_LOGPROBS = "message.output_text.logprobs"
+"""What a client lists in `include` to get log-probabilities."""
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -56,8 +61,6 @@ class ResponseRequest(GenerationRequest):
         "parallel_tool_calls": (True, False),
         "text": ({}, {"format": {"type": "text"}}),
         "reasoning": ({},),
-        "include": ([],),
-        "top_logprobs": (0,),
         "truncation": ("auto",),
         "background": (False,),
         "store": (False,),
@@ -73,6 +76,17 @@ class ResponseRequest(GenerationRequest):
     """The maximum number of tokens in the answer."""
     metadata: dict[str, str] | None = None
     """Labels, which the reply repeats."""
+    include: list[str] | None = None
+    """`message.output_text.logprobs` adds the log-probabilities of the tokens. Nothing else is supported."""
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """How many of the most likely tokens to report beside each. It needs `include`."""
+
+    @field_validator("include", mode="before")
+    @classmethod
+    def _includes_only_logprobs(cls, include: Any) -> Any:
+        if isinstance(include, list) and any(one != INCLUDE_LOGPROBS for one in include):
+            raise UnsupportedField("include")
+        return include
 
     def messages(self) -> list[Message]:
         """Return the dialog. Raise `InvalidRequest` if the input is not text."""
@@ -88,9 +102,18 @@ class ResponseRequest(GenerationRequest):
         return messages
 
     def request(self, context_length: int) -> ChatFields | PromptFields:
-        """Return the request to the service. Raise `InvalidRequest`."""
+        """Return the request to the service. Raise `InvalidRequest` or an `ApiError` of status 400."""
         max_tokens = self.max_output_tokens or default_max_tokens(context_length)
-        return build_request(self.messages(), max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p)
+        logprobs = count_to_ask_for(
+            self.top_logprobs, is_on=bool(self.include), switch=f"include to [{INCLUDE_LOGPROBS!r}]"
+        )
+        return build_request(
+            self.messages(),
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            logprobs=logprobs,
+        )
 
 
 def _check_items(items: object) -> None:
@@ -165,6 +188,7 @@ class _Reply:
             "text": {"format": {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "auto",
             "usage": None,
@@ -177,13 +201,13 @@ class _Reply:
         prompt_tokens = answer.prompt_tokens or 0
         usage = {
             "input_tokens": prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},  # the service does not tell
+            "input_tokens_details": {"cached_tokens": answer.cached_tokens or 0, "cache_write_tokens": 0},
             "output_tokens": answer.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt_tokens + answer.completion_tokens,
             "dropped_turns": answer.dropped_turns,
         }
-        item = self._item(status, [_part(answer.text)])
+        item = self._item(status, [_part(answer.text, token_logprobs(answer.logprobs))])
         return {**self._response, "status": status, "incomplete_details": details, "output": [item], "usage": usage}
 
     async def events(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[bytes, None]:
@@ -197,13 +221,15 @@ class _Reply:
                     yield self._event("response.created", response=self._response)
                     yield self._event("response.in_progress", response=self._response)
                     yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
-                    yield self._event("response.content_part.added", **place, part=_part(""))
+                    yield self._event("response.content_part.added", **place, part=_part("", []))
                 if piece.answer is None:
-                    yield self._event("response.output_text.delta", **place, delta=piece.text, logprobs=[])
+                    logprobs = token_logprobs(piece.logprobs)
+                    yield self._event("response.output_text.delta", **place, delta=piece.text, logprobs=logprobs)
                     continue
-                text, response = piece.answer.text, self.complete(piece.answer)
-                yield self._event("response.output_text.done", **place, text=text, logprobs=[])
-                yield self._event("response.content_part.done", **place, part=_part(text))
+                response = self.complete(piece.answer)
+                (part,) = response["output"][0]["content"]
+                yield self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
+                yield self._event("response.content_part.done", **place, part=part)
                 yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
                 yield self._event(f"response.{response['status']}", response=response)
 
@@ -228,5 +254,5 @@ class _Reply:
         return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

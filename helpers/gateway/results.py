@@ -36,6 +36,15 @@ def also_streams(example: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": content, "description": "The answer; with `stream`, server-sent events."}, **FAILURES}
 
 
+class PromptTokensDetails(BaseModel):
+    """What happened to the tokens of a prompt."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    cached_tokens: int
+    """How many were not read again, because the service's prefix cache held them."""
+
+
 class Usage(BaseModel):
     """How many tokens a request took."""
 
@@ -44,6 +53,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     dropped_turns: int = 0
     """How many of the oldest turns were dropped to fit the context window. OpenAI has no such field."""
 
@@ -51,11 +61,16 @@ class Usage(BaseModel):
 def usage_of(answers: Sequence[Answer], *, n: int) -> Usage:
     """Return the usage of answers, in the order of their choices. Each `n` of them have one prompt, counted once."""
     prompt = sum(answer.prompt_tokens or 0 for answer in answers[::n])
+    # of the answers to one prompt, the first reads it, and only the others find it in the cache
+    cached = sum(
+        min(answer.cached_tokens or 0 for answer in answers[first : first + n]) for first in range(0, len(answers), n)
+    )
     completion = sum(answer.completion_tokens for answer in answers)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         dropped_turns=max(answer.dropped_turns for answer in answers),
     )
 

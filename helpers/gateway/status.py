@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from ..errors import ServiceUnavailable
 from ..fields import ModelFields
 from .backend import model_id
 from .fields import served_model
@@ -62,12 +60,10 @@ async def get_model(name: str, request: Request) -> Model:
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Return the metrics of the gateway and the service's load, in Prometheus' text format."""
+    """Return the metrics of the gateway and the load of each service, in Prometheus' text format."""
     settings = settings_of(request)
-    service: ModelFields | None = None
-    with suppress(ServiceUnavailable):  # `service_up` says so
-        service = await settings.backend.info()
-    return Response(settings.metrics.page(service), media_type=CONTENT_TYPE_LATEST)
+    services = await settings.backend.services.describe(patient=True)
+    return Response(settings.metrics.page(services), media_type=CONTENT_TYPE_LATEST)
 
 
 @open_router.get("/health", summary="Is the gateway alive?")
@@ -76,9 +72,9 @@ async def health() -> Status:
     return Status()
 
 
-@open_router.get("/ready", summary="Does the service answer?", responses={503: FAILURES[503]})
+@open_router.get("/ready", summary="Does a service answer?", responses={503: FAILURES[503]})
 async def ready(request: Request) -> Status:
-    """Answer, if the service behind the gateway answers."""
+    """Answer, if a service behind the gateway answers."""
     await settings_of(request).backend.info()
     return Status()
 
