@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -163,6 +164,41 @@ def _reads_new_tokens(read: Any) -> bool:
     return all([*read(copy.deepcopy(prompts))] == right for prompts, right in cases)
 
 
+def _reads_streams(read: Any) -> bool:
+    """Judge exercise 5.1 with streams of every end, and with comments, empty lines and chunks without text."""
+
+    def chunk(**delta: str) -> str:
+        return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}"
+
+    begun = [chunk(role="assistant", content=""), "", ": ping", "", chunk(content="data: 7"), "", chunk(content="€ ")]
+    failed = f"data: {json.dumps({'error': {'message': 'It went away.', 'code': 'service_unavailable'}})}"
+    cases: tuple[tuple[list[str], tuple[str, str]], ...] = (
+        ([], ("", "broken")),
+        (["data: [DONE]", ""], ("", "complete")),
+        (begun, ("data: 7€ ", "broken")),
+        ([*begun, "", chunk(), "", "data: [DONE]", ""], ("data: 7€ ", "complete")),
+        ([*begun, "", failed, ""], ("data: 7€ ", "error")),
+        ([failed, ""], ("", "error")),
+        ([chunk(content="[DONE]"), ""], ("[DONE]", "broken")),
+        ([chunk(content='an "error"'), "", "data: [DONE]", ""], ('an "error"', "complete")),
+    )
+    return all(tuple(read([*lines])) == right for lines, right in cases)
+
+
+def _finds_percentiles(bound: Any) -> bool:
+    """Judge exercise 5.2 with shares between the buckets, at their edges, and with empty buckets."""
+    even = {0.1: 12, 0.5: 18, 1.0: 20}
+    late = {0.1: 0, 0.5: 0, 1.0: 5, 2.5: 5, 5.0: 50, math.inf: 100}
+    cases: tuple[tuple[dict[float, int], float, float], ...] = (
+        *(
+            (even, share, right)
+            for share, right in ((0.5, 0.1), (0.6, 0.1), (0.75, 0.5), (0.9, 0.5), (0.95, 1), (1, 1))
+        ),
+        *((late, share, right) for share, right in ((0.05, 1), (0.25, 5), (0.5, 5), (0.75, math.inf))),
+    )
+    return all(bound({**buckets}, share) == right for buckets, share, right in cases)
+
+
 EXERCISES: dict[str, Exercise] = {
     # --- 01 Access ---
     "1.1": Exercise(
@@ -273,5 +309,23 @@ EXERCISES: dict[str, Exercise] = {
         "One changed token makes everything after it new, even if the rest is the same.",
         "For each prompt, count how far it equals each earlier one from the start, and take the longest. "
         "The prompt may also agree with one that is not the latest. The first prompt shares nothing.",
+    ),
+    # --- 05 Service ---
+    "5.1": Exercise(
+        _reads_streams,
+        "Only [DONE] says that nothing is missing; a stream that just stops is a failure.",
+        "Look only at lines that begin with `data: `. What follows is [DONE], or JSON that has either choices or an "
+        "error. The delta of a chunk may have no content, and an answer may contain the text [DONE].",
+    ),
+    "5.2": Exercise(
+        _finds_percentiles,
+        "A histogram tells the bucket of a percentile, and not its place in the bucket.",
+        "The last bucket says how many values there are. How many of them must lie at or below the bound? Which is "
+        "the first bucket that holds so many? (The counts are cumulative already.)",
+    ),
+    "5.3": Exercise(
+        number_near(2 / (0.3 * 2000 * 3600) * 1e6, within=0.01),
+        "You pay for every hour, so an idle GPU makes the tokens of the busy hours expensive.",
+        "How many tokens does it make in an average hour? Divide the price of an hour by them.",
     ),
 }

@@ -336,3 +336,42 @@ def first_tokens(seconds: Mapping[str, Sequence[float]]) -> Picture:
     return Picture(
         figure, f"Lines over the turns of a conversation, the seconds to the first token: {'; '.join(seconds)}."
     )
+
+
+# --- 05 Service -----------------------------------------------------------------------------------
+
+
+def load(clients: Sequence[int], tokens_per_second: Sequence[float], first_tokens: Sequence[float]) -> Picture:
+    """Draw, over the number of clients that ask at once, the tokens/s of all together and the TTFT in seconds.
+
+    A dashed line is what the tokens/s would be if each client had the speed of the first.
+    """
+    figure, (together, first) = _panels(1, 2, width=8, height=3.8)
+    for axes, values, (colour, marker), label in (
+        (together, tokens_per_second, _SERIES[0], "tokens/s, all clients together"),
+        (first, first_tokens, _SERIES[1], "median seconds to the first token"),
+    ):
+        axes.plot(clients, values, marker=marker, color=colour)
+        axes.set(xlabel="clients at once", ylabel=label, ylim=(0, 1.15 * max(values)))
+        axes.set_xticks(clients)
+    alone = tokens_per_second[0] / clients[0]
+    together.plot([0, max(clients)], [0, alone * max(clients)], "--", color="#999999", label="if clients cost nothing")
+    together.legend(loc="lower right", frameon=False)
+    figure.suptitle("More clients: more tokens per second, and a longer wait", weight="bold")
+    return Picture(
+        figure,
+        "Two panels over the number of clients that ask at once. Left: the tokens per second of all clients together, "
+        "and a dashed line for clients that cost nothing. Right: the median time to the first token.",
+    )
+
+
+def histogram(counts: Mapping[str, float], *, title: str, xlabel: str) -> Picture:
+    """Draw a bar for each bucket: its upper bound → how many values it holds."""
+    figure, axes = _drawing(width=8, height=3.2)
+    bars = axes.bar(list(counts), list(counts.values()), color=BLUE, width=0.9)
+    axes.bar_label(bars, [f"{count:.0f}" if count else "" for count in counts.values()])
+    axes.set(xlabel=xlabel, ylabel="requests")
+    axes.set_title(title, weight="bold")
+    axes.margins(y=0.12)
+    axes.tick_params(bottom=False)
+    return Picture(figure, f"{title}: a bar for each bucket ({xlabel}), as high as it holds requests.")

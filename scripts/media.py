@@ -4,6 +4,7 @@
 - ``streaming``: one question, waited for and streamed, recorded from a service as ``docs/images/streaming.json`` and
   drawn from that as ``docs/images/streaming.webp``. Its frames follow the recorded times.
 - ``chat_box``: the chat box in JupyterLab while an answer arrives, as ``notebooks/images/chat_box.png``.
+- ``chat_page``: the gateway's page while an answer arrives, as ``notebooks/images/chat_page.png``.
 - ``embed``: copy the PNG files into the lessons, see `dev.embed_pictures`.
 
 It needs Chromium, the bundled model, and an idle machine for the recording.
@@ -255,6 +256,31 @@ def take_chat_box() -> None:
     save_png(stack({"while an answer arrives": live, "after the answer": row}), IMAGES / "chat_box.png")
 
 
+def take_chat_page() -> None:
+    """Save a picture of the gateway's page while an answer arrives."""
+    from playwright.sync_api import sync_playwright
+
+    import helpers
+    from browser_chat import BrowserChat
+    from eventually import until
+    from helpers.gateway.start import start_gateway
+    from jupyterlab_fixture import chromium_in
+
+    with (
+        helpers.serve("smollm2", "fp32", port=0) as service,
+        start_gateway(f"127.0.0.1:{service.port}") as gateway,
+        sync_playwright() as driver,
+    ):
+        chromium = driver.chromium.launch(executable_path=chromium_in(driver))
+        options = {"device_scale_factor": 2, "viewport": {"width": 720, "height": 440}}
+        chat = BrowserChat(chromium, gateway.url, **options)
+        chat.send(QUESTION)
+        until(lambda: len(chat.turns()[-1][1].split()) > 25, "a part of the answer")
+        save_png(chat.page.screenshot(), IMAGES / "chat_page.png")
+        chat.close()
+        chromium.close()
+
+
 def stack(pictures: Mapping[str, bytes], rim: int = 32) -> bytes:
     """Return a picture of these, one below the other, each under its caption, on a white card."""
     loaded = {caption: Image.open(io.BytesIO(content)) for caption, content in pictures.items()}
@@ -288,6 +314,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "diagrams": render_diagrams,
     "streaming": record_streaming,
     "chat_box": take_chat_box,
+    "chat_page": take_chat_page,
     "embed": embed,
 }
 

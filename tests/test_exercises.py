@@ -147,6 +147,46 @@ def counts_tokens_that_occur_anywhere(prompts: list[list[int]]) -> list[int]:
     return counts
 
 
+def reads_stream(lines: list[str], *, end: str = "broken", prefix: str = "data: ") -> tuple[str, str]:
+    """Return the text of a stream and how it ended: `end` if it just stops."""
+    text = ""
+    for line in lines:
+        if line == "data: [DONE]":
+            return text, "complete"
+        if line.startswith(prefix) and line.strip():
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                return text, "error"
+            text += chunk["choices"][0]["delta"].get("content", "")
+    return text, end
+
+
+def believes_a_stream_that_stops(lines: list[str]) -> tuple[str, str]:
+    return reads_stream(lines, end="complete")
+
+
+def searches_for_words(lines: list[str]) -> tuple[str, str]:
+    """Take an answer with the text [DONE] or the word error for the end."""
+    whole = "".join(lines)
+    how = "complete" if "[DONE]" in whole else "error" if "error" in whole else "broken"
+    return reads_stream(lines)[0], how
+
+
+def percentile(buckets: dict[float, float], share: float) -> float:
+    wanted = share * max(buckets.values())
+    return next(bound for bound, count in buckets.items() if count >= wanted)
+
+
+def skips_a_bucket_at_its_edge(buckets: dict[float, float], share: float) -> float:
+    wanted = share * max(buckets.values())
+    return next((bound for bound, count in buckets.items() if count > wanted), max(buckets))
+
+
+def sums_cumulative_counts(buckets: dict[float, float], share: float) -> float:
+    sums = dict(zip(buckets, itertools.accumulate(buckets.values()), strict=True))
+    return percentile(sums, share)
+
+
 RIGHT: dict[str, list[Any]] = {
     "1.1": [13_015_864_320 * 2 / 1e9, 26],
     "1.2": ["nf4", " NF4 "],
@@ -171,6 +211,9 @@ RIGHT: dict[str, list[Any]] = {
     "4.3": [messages_of],
     "4.4": [questions_that_ended("cancelled", "error")],
     "4.5": [tokens_to_read],
+    "5.1": [reads_stream],
+    "5.2": [percentile],
+    "5.3": [0.926, 2 / (600 * 3600) * 1e6],
 }
 WRONG: dict[str, list[Any]] = {
     "1.1": [13.0, 52.1, 26e9, "26 GB", None, True],
@@ -209,6 +252,9 @@ WRONG: dict[str, list[Any]] = {
         "talk.json",
     ],
     "4.5": [compares_with_the_latest_only, counts_tokens_that_occur_anywhere, lambda prompts: [*map(len, prompts)]],
+    "5.1": [believes_a_stream_that_stops, searches_for_words, lambda lines: reads_stream(lines, prefix=""), "complete"],
+    "5.2": [skips_a_bucket_at_its_edge, sums_cumulative_counts, lambda buckets, share: share * max(buckets), 0.5],
+    "5.3": [0.28, 3.09, 0.926e-6, "0.93"],
 }
 
 

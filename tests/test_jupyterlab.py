@@ -15,7 +15,12 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.parametrize(
     "name",
-    ["01_access", "02_prompting", pytest.param("03_streaming", marks=pytest.mark.xdist_group("port-12345"))],
+    [
+        "01_access",
+        "02_prompting",
+        "05_service",
+        pytest.param("03_streaming", marks=pytest.mark.xdist_group("port-12345")),
+    ],
 )
 def test_a_lesson_runs_from_top_to_bottom(jupyterlab: JupyterLab, name: str) -> None:
     lesson = run_lesson(jupyterlab, name)

@@ -85,4 +85,4 @@ def durations(file: Path) -> list[int]:
 def test_an_unknown_part_is_refused_before_anything_is_made(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         media.main(parts.split())
-    assert "Choose from: diagrams, streaming, chat_box, embed" in capsys.readouterr().err
+    assert "Choose from: diagrams, streaming, chat_box, chat_page, embed" in capsys.readouterr().err

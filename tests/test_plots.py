@@ -64,6 +64,8 @@ PICTURES: dict[str, Callable[[], plots.Picture]] = {
     "next tokens": lambda: plots.next_tokens({"one": {"a": 0.6, "b": 0.1}, "two": {"a": 0.2, "b": 0.3}}, title="Two"),
     "dropped turns": lambda: plots.dropped_turns([50, 150, 400, 500], [0, 0, 0, 2]),
     "timeline": lambda: plots.timeline({"alone": TIMES, "first of two": TIMES, "second of two": [9.0]}),
+    "load": lambda: plots.load([1, 2, 4], [10.0, 18.0, 30.0], [0.1, 0.2, 0.3]),
+    "histogram": lambda: plots.histogram({"0.1": 3, "+Inf": 2}, title="The wait", xlabel="seconds"),
     "costs": lambda: plots.costs({"one service": TIMES, "another": [n * n for n in TIMES]}),
     "first tokens": lambda: plots.first_tokens({"reused": [0.1, 0.1], "read again": [0.1, 0.5]}),
 }
@@ -183,3 +185,23 @@ def test_first_tokens_has_a_line_for_each_way_on_one_axis() -> None:
         ("read again", [0.1, 0.5]),
     ]
     assert axes.get_ylim()[0] == 0 and axes.get_title()
+
+
+def test_the_load_has_a_line_for_the_speed_and_one_for_the_wait() -> None:
+    picture = plots.load([1, 2, 8], [10.0, 18.0, 40.0], [0.1, 0.2, 0.9])
+    together, first = picture.figure.axes
+    measured, ideal = together.lines
+    assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([1, 2, 8], [10, 18, 40])
+    assert (list(ideal.get_xdata()), list(ideal.get_ydata())) == ([0, 8], [0, 80])
+    assert list(first.lines[0].get_ydata()) == [0.1, 0.2, 0.9]
+    assert together.get_ylim()[0] == first.get_ylim()[0] == 0
+    assert "40" not in picture.alt
+
+
+def test_a_histogram_has_a_bar_for_each_bucket() -> None:
+    picture = plots.histogram({"0.1": 3, "0.5": 0, "+Inf": 2}, title="The wait", xlabel="seconds")
+    (axes,) = picture.figure.axes
+    assert [bar.get_height() for bar in axes.patches] == [3, 0, 2]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.5", "+Inf"]
+    assert [text.get_text() for text in axes.texts] == ["3", "", "2"]
+    assert axes.get_title() == "The wait" and "3" not in picture.alt

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..addresses import join
@@ -19,10 +19,21 @@ _SECONDS_BEYOND = 2
 class GatewayProcess:
     """A gateway at `host` and `port` for `services`, in a process of its own. It ends with this process in any case.
 
-    `program` is the code that runs `helpers.__main__`.
+    `program` is the code that runs `helpers.__main__`. `log` is a file descriptor for its output, and `environment` its
+    environment variables; by default, both are those of this process.
     """
 
-    def __init__(self, services: Sequence[str], args: GatewayArgs, *, host: str, port: int, program: str) -> None:
+    def __init__(
+        self,
+        services: Sequence[str],
+        args: GatewayArgs,
+        *,
+        host: str,
+        port: int,
+        program: str,
+        log: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._address, self._seconds_to_stop = join(host, port), args.seconds_to_stop
         self._must_stop = False
         words = [word for service in services for word in ("--service", service)]
@@ -30,8 +41,16 @@ class GatewayProcess:
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
             [sys.executable, "-c", program, "gateway", *words, *args.to_arguments()],
             stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
             start_new_session=True,  # Ctrl-C in a terminal must reach this process only, which stops both in order
         )
+
+    @property
+    def status(self) -> int | None:
+        """Return the exit status, or None while the gateway runs."""
+        return self._process.poll()
 
     def stop(self) -> None:
         """Stop the gateway and wait until it has ended. Running answers may go on for a while. May be called twice."""
