@@ -164,7 +164,9 @@ def test_a_converted_gguf_file_has_the_same_model_at_another_precision(
     assert error <= (0 if format == "F32" else np.abs(exact).max() / 200)
 
 
-@pytest.mark.parametrize(("program", "option"), [("bench.py", "--quick"), ("soak.py", "--clients")])
+@pytest.mark.parametrize(
+    ("program", "option"), [("bench.py", "--quick"), ("soak.py", "--clients"), ("load.py", "--quick")]
+)
 def test_a_program_explains_its_options(
     benchmarks: None, program: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
