@@ -246,8 +246,8 @@ def compare(two: Replicas, measured: Measured, requests: int) -> str:
             )
         ]
         cells = []
-        for figure in (median, percentile_95):
-            ours, theirs = figure(simulated), figure(real)
+        pairs = [(median(simulated), median(real)), (percentile_95(simulated), percentile_95(real))]
+        for ours, theirs in pairs:
             cells.append(f"{ours:.3f} | {theirs:.3f} | {ours / theirs:.2f}")
         lines.append(f"| {load} | {share * limit:.2f} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +83,15 @@ def test_the_bytes_per_token_are_those_of_a_real_kv_cache() -> None:
 def test_a_wrong_value_is_refused_with_a_way_to_fix_it(call: Any, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         call()
+
+
+def test_the_programs_of_the_page_print_what_it_says() -> None:
+    page = (Path(__file__).parents[1] / "docs/sizing.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(programs) == page.count("```python") > 0
+    names: dict[str, Any] = {}
+    for program, output in programs:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(program, names)
+        assert printed.getvalue() == output
