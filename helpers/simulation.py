@@ -82,8 +82,8 @@ class _Replica:
         shares = share_budget([sequence.unread for sequence in self.running if sequence.unread > 1])
         prefill = iter(shares)
         read = [next(prefill) if sequence.unread > 1 else sequence.unread for sequence in self.running]
-        decoding = sum(sequence.unread == 1 for sequence in self.running)
-        self.free_at = now + step_times.seconds(decoding, sum(shares))
+        # a prompt that is read takes as long as a sequence that decodes, and then its tokens' time
+        self.free_at = now + step_times.seconds(sum(n > 0 for n in read), sum(shares))
         for sequence, n in zip(self.running, read, strict=True):
             sequence.unread -= n
             if not sequence.unread:

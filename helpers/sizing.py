@@ -17,8 +17,8 @@ from .errors import InvalidRequest
 class StepTimes:
     """How long a step of the engine takes.
 
-    - ``decode``: the number of sequences that decode → seconds of a step. Between two numbers, the time grows evenly,
-      and beyond the largest as between the last two.
+    - ``decode``: the number of sequences that read one token each → seconds of a step. Between two numbers, the time
+      grows evenly, and beyond the largest as between the last two.
     - ``prompt_token``: the seconds that each prompt token adds to a step.
     """
 
@@ -31,14 +31,15 @@ class StepTimes:
         for seconds in [*self.decode.values(), self.prompt_token]:
             require_positive("A step time", seconds)
 
-    def seconds(self, decoding: int, prompt_tokens: int = 0) -> float:
-        """Return the seconds of a step in which `decoding` sequences decode and `prompt_tokens` are read."""
+    def seconds(self, sequences: int, prompt_tokens: int = 0) -> float:
+        """Return the seconds of a step of `sequences`, some of which may read a part of their prompts: `prompt_tokens`
+        in all."""
         sizes = sorted(self.decode)
-        lower = max([size for size in sizes[:-1] if size <= decoding], default=sizes[0])
+        lower = max([size for size in sizes[:-1] if size <= sequences], default=sizes[0])
         upper = min([size for size in sizes if size > lower], default=lower)
         time = self.decode[lower]
-        if upper > lower and decoding > lower:
-            time += (self.decode[upper] - time) * (decoding - lower) / (upper - lower)
+        if upper > lower and sequences > lower:
+            time += (self.decode[upper] - time) * (sequences - lower) / (upper - lower)
         return time + prompt_tokens * self.prompt_token
 
     def inter_token_latency(self, clients: int, *, prompt_tokens: int = 0, completion_tokens: int = 1) -> float:

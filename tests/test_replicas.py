@@ -145,7 +145,8 @@ def clients_of(running: Running) -> Iterator[Clients]:
         clients.stop()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [1, 10])
 def test_a_killed_service_costs_no_client_more_than_an_error(script: Script, tiny_folder: Path, kills: int) -> None:
     running = Running(script, tiny_folder)
     with clients_of(running) as clients:
