@@ -240,10 +240,19 @@ class OpenAIServer(Server):
                     yield None
 
 
-class Gateway(OpenAIServer):
-    """The gateway of this checkout, in front of `service`, which must be started before."""
+class BehindGateway(OpenAIServer):
+    """A server whose OpenAI API is this checkout's gateway. It names its model itself."""
 
     ready_path = "/ready"
+
+    def wait_until_ready(self) -> None:
+        super().wait_until_ready()
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/v1/models") as reply:
+            self.model = json.load(reply)["data"][0]["id"]
+
+
+class Gateway(BehindGateway):
+    """The gateway of this checkout, in front of `service`, which must be started before."""
 
     def __init__(self, row: Row, clients: Sequence[int], *, service: Service) -> None:
         super().__init__(row, clients)
@@ -252,11 +261,6 @@ class Gateway(OpenAIServer):
     def command(self) -> list[str]:
         service = ["--service", f"{HOST}:{self._service.port}"]
         return [sys.executable, "-m", "helpers", "gateway", *service, "--port", str(self.port)]
-
-    def wait_until_ready(self) -> None:
-        super().wait_until_ready()
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/v1/models") as reply:
-            self.model = json.load(reply)["data"][0]["id"]
 
 
 class TransformersServe(OpenAIServer):

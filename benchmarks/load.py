@@ -31,7 +31,7 @@ from statistics import median, quantiles
 
 import psutil
 
-from backends import HOST, Dialog, Gateway, OpenAIServer, Server, Service
+from backends import HOST, BehindGateway, Dialog, Gateway, Server, Service
 from bench import COLOURS, PAUSE, PROJECT, machine, start
 from helpers import catalog, models
 from helpers.processes import port_to_listen_on
@@ -87,10 +87,8 @@ def dialogs(n: int, words: int = WORDS) -> list[Dialog]:
     ]
 
 
-class Replicas(OpenAIServer):
+class Replicas(BehindGateway):
     """`count` services of this checkout with `threads` threads each, behind one gateway."""
-
-    ready_path = "/ready"
 
     def __init__(self, row: Row, *, count: int, threads: int, model: str) -> None:
         super().__init__(row, ())
@@ -113,11 +111,6 @@ class Replicas(OpenAIServer):
         with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics") as reply:
             lines = reply.read().decode().splitlines()
         return sum(line.startswith("service_up{") and line.endswith(" 1.0") for line in lines) == self.count
-
-    def wait_until_ready(self) -> None:
-        super().wait_until_ready()
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/v1/models") as reply:
-            self.model = json.load(reply)["data"][0]["id"]
 
     def prompt_tokens(self, dialog: Dialog) -> int:
         """Return the number of tokens of a dialog's prompt."""

@@ -38,9 +38,8 @@ def run(app: FastAPI, args: GatewayArgs, *, host: str, port: int, parent: int | 
     host = clean_host(host)
     port = port_to_listen_on(host, port)
     raise_file_limit()
-    level = getattr(logging, (args.log_level or "info").upper())
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("helpers.gateway").setLevel(level)
+    logging.getLogger("helpers.gateway").setLevel(_log_level(args))
     if not (is_loopback(host) or app.state.gateway.keys):
         log = logging.getLogger(__name__)
         log.warning("The gateway has no keys, and listens on %s: everyone who reaches it may use the model.", host)
@@ -62,7 +61,6 @@ def run(app: FastAPI, args: GatewayArgs, *, host: str, port: int, parent: int | 
 
 def configure(app: FastAPI, args: GatewayArgs, *, host: str, port: int) -> uvicorn.Config:
     """Return uvicorn's settings."""
-    level = getattr(logging, (args.log_level or "info").upper())
     return uvicorn.Config(
         app,
         host=host,
@@ -71,7 +69,7 @@ def configure(app: FastAPI, args: GatewayArgs, *, host: str, port: int) -> uvico
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level=max(level, logging.WARNING),
+        log_level=max(_log_level(args), logging.WARNING),
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=args.seconds_to_stop,
@@ -83,6 +81,11 @@ def configure(app: FastAPI, args: GatewayArgs, *, host: str, port: int) -> uvico
         ssl_ca_certs=None if args.ssl_ca_certs is None else str(args.ssl_ca_certs),
         ssl_cert_reqs=ssl.CERT_NONE if args.ssl_ca_certs is None else ssl.CERT_REQUIRED,
     )
+
+
+def _log_level(args: GatewayArgs) -> int:
+    level: int = getattr(logging, (args.log_level or "info").upper())
+    return level
 
 
 class HttpProtocol(H11Protocol):
