@@ -42,7 +42,8 @@ def running_gateway(*service_ports: int, mounted_at: str = "", **options: Any) -
 
     def add_and_keep(record: Record) -> None:
         add(record)
-        gateway.records.append(record)
+        if record.method != "PRI":  # gRPC's greeting: an earlier test's channel may look for its service on this port
+            gateway.records.append(record)
 
     metrics.add = add_and_keep
     if mounted_at:

@@ -135,7 +135,7 @@ def test_starts_and_stops_side_by_side_leave_nothing(
     with ThreadPoolExecutor(2) as side_by_side:
         list(side_by_side.map(start_ask_stop, range(starts)))
     until(lambda: state() == before, "nothing is left")
-    assert psutil.Process().num_fds() <= files + 3
+    until(lambda: psutil.Process().num_fds() <= files + 3, "the files are closed")  # gRPC closes its sockets later
     assert len(ports) == starts
     assert all(map(is_free, ports))
 

@@ -83,31 +83,19 @@ class Backend:
         Each `n` requests have the same prompt, and share its KV cache in the service. If a request fails, cancel the
         others and raise its exception of `helpers.errors`. If the generator is closed, all generation stops.
         """
-        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-
-        async def read(choice: int, request: ChatFields | PromptFields) -> None:
-            try:
-                async for piece in self._pieces(choice, request, record, prompt=choice // n):
-                    pieces.put_nowait(piece)
-            except Exception as error:
-                if isinstance(error, ServiceUnavailable) and not isinstance(error, QueueFull):
-                    self._is_unavailable(str(error))
-                pieces.put_nowait(error)
-
-        tasks = [asyncio.ensure_future(read(choice, request)) for choice, request in enumerate(requests)]
+        answers = [self._pieces(choice, request, record, prompt=choice // n) for choice, request in enumerate(requests)]
+        unfinished = len(answers)
         try:
-            unfinished = len(tasks)
-            while unfinished:
-                piece = await pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                unfinished -= piece.answer is not None
-                record.is_answered = not unfinished
-                yield piece
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            async with aclosing(_merge(answers)) as pieces:
+                async for piece in pieces:
+                    unfinished -= piece.answer is not None
+                    record.is_answered = not unfinished
+                    yield piece
+        except ServiceUnavailable as error:
+            if not isinstance(error, QueueFull):
+                log.warning("%s", error)
+                self._model = None  # another one may run when the service is back
+            raise
 
     async def _pieces(
         self, choice: int, request: ChatFields | PromptFields, record: Record, *, prompt: int
@@ -149,10 +137,40 @@ class Backend:
         record.completion_tokens += answer.completion_tokens - counted  # the last ones may have no text
         yield Piece(choice, "", answer)
 
-    def _is_unavailable(self, reason: str) -> None:
-        """Log why the service does not answer, and forget its model: another one may run when it is back."""
-        log.warning("%s", reason)
-        self._model = None
+
+async def _merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Yield what all sources yield, as it arrives. If one raises, close the others, and raise its exception."""
+    if len(sources) == 1:  # without a task and a queue: they take much of the gateway's time for a token
+        async with aclosing(sources[0]):
+            async for piece in sources[0]:
+                yield piece
+        return
+    arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def read(source: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for piece in source:
+                    arrived.put_nowait(piece)
+            arrived.put_nowait(None)
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(read(source)) for source in sources]
+    try:
+        running = len(tasks)
+        while running:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def model_id(model: ModelFields) -> str:

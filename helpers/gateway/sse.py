@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -29,6 +30,7 @@ SECONDS_TO_READ = 60
 """How long a client may read nothing before its stream ends."""
 
 Events = AsyncGenerator[bytes, None]
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
@@ -36,7 +38,7 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
 
     All text is ASCII: some clients split lines with Python's `str.splitlines`, which also splits at U+2028.
     """
-    return format_sse_event(data_str=json.dumps(data, separators=(",", ":")), event=name)
+    return format_sse_event(data_str=_to_json(data), event=name)
 
 
 def error_event(error: Exception) -> bytes:
@@ -86,12 +88,13 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._events, self._first, self._keep_alive = events, first, keep_alive
         self._on_error, self._record = on_error, record
+        self._is_sending, self._since = False, time.monotonic()  # whether an event is being sent, and since when
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(client_left(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await self._watch({sending, leaving}, send)
         except asyncio.CancelledError:
             # nothing is awaited before the event is sent: the server cancels this task again in its next step
             await send({**_body(self._failed(SHUTTING_DOWN)), "more_body": False})
@@ -105,33 +108,42 @@ class EventStream(Response):
             sending.result()  # raises what sending raised
 
     async def _send(self, send: Send) -> None:
+        """Send the events, without a task or a timer for each: they would take longer than the rest."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._chunks()) as chunks:
             async for chunk in chunks:
-                with anyio.move_on_after(SECONDS_TO_READ) as patience:
-                    await send(_body(chunk))
-                if patience.cancelled_caught:
-                    self._record.client_left()
-                    return
+                self._is_sending, self._since = True, time.monotonic()
+                await send(_body(chunk))
+                self._is_sending = False
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _chunks(self) -> Events:
-        """Yield the events, comments while none arrives, and an event for an exception."""
-        upcoming = self._first
-        try:
-            while True:
-                await asyncio.wait({upcoming}, timeout=self._keep_alive)
-                if not upcoming.done():
-                    yield KEEPALIVE_COMMENT
-                    continue
-                if (chunk := upcoming.result()) is None:
+    async def _watch(self, tasks: set[asyncio.Future[None]], send: Send) -> None:
+        """Return when one of the tasks ends, or if the client does not read. While no event comes, send comments."""
+        while True:
+            silent = time.monotonic() - self._since
+            done, _ = await asyncio.wait(
+                tasks, timeout=self._keep_alive - silent % self._keep_alive, return_when=asyncio.FIRST_COMPLETED
+            )
+            silent = time.monotonic() - self._since
+            if done or (self._is_sending and silent > SECONDS_TO_READ):
+                return
+            if not self._is_sending and silent >= self._keep_alive:
+                with anyio.move_on_after(SECONDS_TO_READ) as patience:
+                    await send(_body(KEEPALIVE_COMMENT))
+                if patience.cancelled_caught:
                     return
+
+    async def _chunks(self) -> Events:
+        """Yield the events, and an event for an exception."""
+        try:
+            chunk = await self._first
+            while chunk is not None:
                 yield chunk
-                upcoming = asyncio.ensure_future(anext(self._events, None))
+                chunk = await anext(self._events, None)
         except Exception as error:
             yield self._failed(error)
         finally:
-            await cancel(upcoming)
+            await cancel(self._first)
             await self._events.aclose()
 
     def _failed(self, error: Exception) -> bytes:
