@@ -68,6 +68,10 @@ MORE_WORDS = 120
 """The number of words by which a longer question exceeds it, to measure what a prompt token takes."""
 FIRST_TOKENS = 12
 """The number of short and of longer questions, in each round, that measure what a prompt token takes."""
+QUESTIONS = 20
+"""The number of questions, in each round, that measure what a request takes outside the engine."""
+SECONDS_BETWEEN = 0.7
+"""The mean time between two of them."""
 DUMMY_TOKENS = 200
 """The length of an answer of the service without a model."""
 
@@ -147,7 +151,7 @@ def step_seconds(server: Server, sequences: int, clients: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Step times of one service that runs alone, and of two that run at once, and the `overhead` in seconds."""
+    """Step times of one service that runs alone, and of two that run at once, and the `overhead` of two in seconds."""
 
     alone: StepTimes
     together: StepTimes
@@ -162,37 +166,6 @@ class Measured:
             cells = [f"{1000 * times.decode[n]:.1f}" for n in DECODING]
             lines.append(f"| {name} | {' | '.join(cells)} | {1000 * times.prompt_token:.2f} |")
         return "\n".join(lines)
-
-
-def measure_steps(server: Replicas, rounds: int, few: int, many: int) -> tuple[StepTimes, float]:
-    """Return the step times of a server's services, which all run at once, and the seconds until the first token after
-    a prompt of `few` tokens. A prompt with `MORE_WORDS` has `many`."""
-    times: dict[int, list[float]] = {n: [] for n in DECODING}
-    short, long = list[float](), list[float]()
-    for _ in range(rounds):
-        for n in DECODING:
-            times[n].append(step_seconds(server, n, n * server.count))
-            print(f"{server.row}: a step for {n}: {1000 * times[n][-1]:.1f} ms", flush=True)
-        for _ in range(FIRST_TOKENS):
-            short += Run(server.answer(dialogs(server.count), 1)).first_tokens
-            long += Run(server.answer(dialogs(server.count, WORDS + MORE_WORDS), 1)).first_tokens
-    decode = {n: median(seconds) for n, seconds in times.items()}
-    more_steps = math.ceil(many / PREFILL_BUDGET) - math.ceil(few / PREFILL_BUDGET)
-    prompt_token = (median(long) - median(short) - more_steps * decode[1]) / (many - few)
-    return StepTimes(decode=decode, prompt_token=prompt_token), median(short)
-
-
-def measure(one: Replicas, two: Replicas, rounds: int) -> Measured:
-    """Measure the step times of one service and of two."""
-    few, many = one.prompt_tokens(*dialogs(1)), one.prompt_tokens(*dialogs(1, WORDS + MORE_WORDS))
-    alone, ttft = measure_steps(one, rounds, few, many)
-    together, _ = measure_steps(two, rounds, few, many)
-    first = Arrival(seconds=0, prompt_tokens=few, completion_tokens=1)
-    (simulated,) = simulate([first], replicas=1, step_times=alone)
-    return Measured(alone=alone, together=together, overhead=max(0.0, ttft - simulated.ttft), prompt_tokens=few)
-
-
-# --- The real run and the simulated one -------------------------------------------------------------
 
 
 def run(server: Server, arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[float]]:
@@ -210,6 +183,45 @@ def run(server: Server, arrivals: Sequence[Arrival]) -> tuple[list[Arrival], lis
     with ThreadPoolExecutor(len(arrivals)) as threads:
         answered = list(threads.map(ask, arrivals, asked))
     return [arrival for arrival, _ in answered], [ttft for _, ttft in answered]
+
+
+def measure_steps(server: Replicas, rounds: int, few: int, many: int) -> StepTimes:
+    """Return the step times of a server's services, which all run at once. The prompts have `few` tokens, and with
+    `MORE_WORDS` `many`."""
+    times: dict[int, list[float]] = {n: [] for n in DECODING}
+    short, long = list[float](), list[float]()
+    for _ in range(rounds):
+        for n in DECODING:
+            times[n].append(step_seconds(server, n, n * server.count))
+            print(f"{server.row}: a step for {n}: {1000 * times[n][-1]:.1f} ms", flush=True)
+        for _ in range(FIRST_TOKENS):
+            short += Run(server.answer(dialogs(server.count), 1)).first_tokens
+            long += Run(server.answer(dialogs(server.count, WORDS + MORE_WORDS), 1)).first_tokens
+    decode = {n: median(seconds) for n, seconds in times.items()}
+    more_steps = math.ceil(many / PREFILL_BUDGET) - math.ceil(few / PREFILL_BUDGET)
+    prompt_token = (median(long) - median(short) - more_steps * decode[1]) / (many - few)
+    return StepTimes(decode=decode, prompt_token=prompt_token)
+
+
+def measure(one: Replicas, two: Replicas, rounds: int) -> Measured:
+    """Measure the step times of one service and of two, and the overhead.
+
+    The overhead is measured beside a running answer of each service: the work for a new request waits for its steps.
+    """
+    few, many = one.prompt_tokens(*dialogs(1)), one.prompt_tokens(*dialogs(1, WORDS + MORE_WORDS))
+    alone, together = measure_steps(one, rounds, few, many), measure_steps(two, rounds, few, many)
+    seconds = rounds * QUESTIONS * SECONDS_BETWEEN
+    running = Arrival(seconds=0, prompt_tokens=few, completion_tokens=math.ceil(seconds / together.decode[1]))
+    questions = poisson_arrivals(
+        rate=1 / SECONDS_BETWEEN, count=rounds * QUESTIONS, prompt_tokens=few, completion_tokens=1, seed=1000
+    )
+    arrivals, real = run(two, [running] * two.count + questions)
+    simulated = simulate(arrivals, replicas=two.count, step_times=alone, together=together)
+    late = [ttft - timing.ttft for ttft, timing in zip(real, simulated, strict=True)][two.count :]
+    return Measured(alone=alone, together=together, overhead=max(0.0, median(late)), prompt_tokens=few)
+
+
+# --- The real run and the simulated one -------------------------------------------------------------
 
 
 def percentile_95(values: Sequence[float]) -> float:
@@ -338,7 +350,7 @@ def main() -> None:
 {machine()}.
 
 Step times of services with one thread each, behind a gateway. Outside the engine, the first token takes
-{1000 * measured.overhead:.1f} ms.
+{1000 * measured.overhead:.1f} ms, beside one running answer of each service.
 
 {measured.table()}
 

@@ -70,7 +70,8 @@ class ScriptedService:
 
     def count_up(self, request: Any) -> Iterator[ModelOutputDocument]:
         number = len(self.requests)
-        yield from tokens(*(f"{number}:{n} " for n in range(request.max_tokens)))
+        for n in range(request.max_tokens):
+            yield token(n, f"{number}:{n} ")
         yield last("length")
 
     def silence(self, request: Any) -> Iterator[ModelOutputDocument]:
@@ -121,10 +122,14 @@ class ScriptedService:
             yield document
 
 
+def token(number: int, piece: str) -> ModelOutputDocument:
+    """Return the document for the token `number`. The first tells a prompt of 5 tokens."""
+    return ModelOutputDocument(token_id=number, generated_text=piece, prompt_tokens=None if number else 5)
+
+
 def tokens(*pieces: str) -> Iterator[ModelOutputDocument]:
-    """Yield a document for each token; the first tells a prompt of 5 tokens."""
-    for number, piece in enumerate(pieces):
-        yield ModelOutputDocument(token_id=number, generated_text=piece, prompt_tokens=None if number else 5)
+    """Yield a document for each token."""
+    yield from map(token, range(len(pieces)), pieces)
 
 
 def last(finish_reason: str, dropped_turns: int = 0) -> ModelOutputDocument:

@@ -16,7 +16,6 @@ from chat_page import ChatPage, words
 from chat_scripts import HOSTILE, hold, say
 from eventually import until
 from jupyterlab_fixture import JupyterLab, NotebookPage
-from lesson_run import LessonRun, run_lesson
 from scripted_service import ScriptedService
 
 LONG = "Tell me a long story about a lighthouse."
@@ -80,14 +79,6 @@ It costs $5 and $6, **really** $7."""
 
 
 @pytest.fixture(scope="module")
-def lesson(jupyterlab: JupyterLab) -> Iterator[LessonRun]:
-    """Lesson 4 after "Run All Cells". Its kernel has a `service` with the bundled model."""
-    run = run_lesson(jupyterlab, "04_conversation")
-    yield run
-    run.page.close()
-
-
-@pytest.fixture(scope="module")
 def notebook(jupyterlab: JupyterLab) -> Iterator[NotebookPage]:
     """A notebook whose kernel has imported `helpers`."""
     page = jupyterlab.new_notebook("chat.ipynb")
@@ -103,40 +94,32 @@ def show(notebook: NotebookPage, port: int, **options: Any) -> ChatPage:
     return ChatPage(notebook)
 
 
-# --- Lesson 4, with a real model ------------------------------------------------------------------
+# --- With a real model ----------------------------------------------------------------------------
 
 
-def test_lesson_4_runs_from_top_to_bottom(lesson: LessonRun) -> None:
-    lesson.check()
-    (cell,) = [cell for cell in lesson.cells if cell["source"].endswith("\nbox")]
-    assert "The capital of France" in cell["text"] and "Regenerate" in cell["text"]
-
-
-def test_escape_stops_the_generation_in_the_service(lesson: LessonRun) -> None:
-    lesson.page.run("box = helpers.ChatBox(service.conversation(max_tokens=300))\nbox")
-    chat = ChatPage(lesson.page)
-    service = psutil.Process(chat.python("service.pid"))
-    steps = chat.python("service.info().steps")
+def test_escape_stops_the_generation_in_the_service(notebook: NotebookPage, service: Any) -> None:
+    chat = show(notebook, service.port, max_tokens=300)
+    process = psutil.Process(service.pid)
+    steps = service.info().steps
     chat.send(LONG)
     chat.wait_for_words(count=5)
-    suspended = [service, *service.children(recursive=True)]
-    for process in suspended:  # so that it cannot finish the answer before the key is pressed
-        process.suspend()
+    suspended = [process, *process.children(recursive=True)]
+    for one in suspended:  # so that it cannot finish the answer before the key is pressed
+        one.suspend()
     chat.stop_by_escape()
-    for process in suspended:
-        process.resume()
-    until(lambda: chat.python("service.info().running") == 0, "the end of the generation")
+    for one in suspended:
+        one.resume()
+    until(lambda: service.info().running == 0, "the end of the generation")
     tokens = chat.python("box.conversation.answer.completion_tokens")
     # the prompt takes a step too, and the step that was running when Esc arrived brings nothing
-    assert 5 <= tokens < 300 and chat.python("service.info().steps") - steps <= tokens + 2
+    assert 5 <= tokens < 300 and service.info().steps - steps <= tokens + 2
     chat.ask("What is the capital of France?")
     assert chat.finish_reasons() == ["cancelled", "stop"]
 
 
 @pytest.mark.long
-def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(lesson: LessonRun) -> None:
-    lesson.page.run("box = helpers.ChatBox(service.conversation('You answer briefly.', max_tokens=60))\nbox")
-    chat = ChatPage(lesson.page)
+def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(notebook: NotebookPage, service: Any) -> None:
+    chat = show(notebook, service.port, system="You answer briefly.", max_tokens=60)
 
     chat.ask("What is the capital of France?")
     chat.ask("And of Italy?")
@@ -146,8 +129,8 @@ def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(lesson: Less
     chat.stop_by_escape()
     chat.ask("Who are you?")
     chat.regenerate()
-    lesson.page.save_and_reload()
-    chat = ChatPage(lesson.page)
+    notebook.save_and_reload()
+    chat = ChatPage(notebook)
     for subject in ("a lighthouse", "the sea", "Paris", "Rome", "a ship"):
         chat.ask(f"Tell me a story about {subject}.")
     chat.ask("What did I ask first?")
@@ -165,7 +148,7 @@ def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(lesson: Less
     saved = chat.python("(box.conversation.save('talk.json'), json.load(open('talk.json', encoding='utf-8')))[1]")
     contents = [message["content"] for message in saved["messages"]]
     assert contents == ["You answer briefly.", *(text for turn in said for text in turn)]
-    lesson.page.take_pictures("04_conversation_ten_turns")
+    notebook.take_pictures("04_conversation_ten_turns")
 
 
 # --- Keys and buttons -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The lessons in a real JupyterLab, in a real browser. Lesson 4 runs with the tests of its chat box."""
+"""The lessons in a real JupyterLab, in a real browser."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ pytestmark = pytest.mark.long
     [
         "01_access",
         "02_prompting",
-        "05_service",
         pytest.param("03_streaming", marks=pytest.mark.xdist_group("port-12345")),
+        "04_conversation",
+        "05_service",
     ],
 )
 def test_a_lesson_runs_from_top_to_bottom(jupyterlab: JupyterLab, name: str) -> None:
     lesson = run_lesson(jupyterlab, name)
     lesson.page.close()
     lesson.check()
+    if name == "04_conversation":
+        (box,) = [cell for cell in lesson.cells if cell["source"].endswith("\nbox")]
+        assert "The capital of France" in box["text"] and "Regenerate" in box["text"]
 
 
 def test_a_progress_bar_moves_and_leaves_its_title(jupyterlab: JupyterLab) -> None:

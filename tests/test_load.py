@@ -50,14 +50,20 @@ class Simulated:
         return [[one.ttft, *(one.total - step * k for k in range(max_tokens - 2, -1, -1))] for one in seen]
 
 
-def test_the_measured_step_times_are_those_of_the_service(load: Any) -> None:
+def test_the_measured_step_times_are_those_of_the_service(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = StepTimes(decode={1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06, 16: 0.1, 32: 0.2}, prompt_token=0.001)
     together = StepTimes(decode={n: 1.5 * seconds for n, seconds in alone.decode.items()}, prompt_token=0.002)
+
+    def run(server: Simulated, arrivals: list[Arrival]) -> tuple[list[Arrival], list[float]]:
+        seen = simulate(arrivals, replicas=server.count, step_times=alone, together=together, overhead=0.007)
+        return arrivals, [one.ttft for one in seen]
+
+    monkeypatch.setattr(load, "run", run)
     measured = load.measure(Simulated(1, alone), Simulated(2, together), rounds=1)
     for found, true in ((measured.alone, alone), (measured.together, together)):
         assert found.decode == pytest.approx(true.decode)
         assert found.prompt_token == pytest.approx(true.prompt_token)
-    assert measured.overhead == pytest.approx(0.004)
+    assert measured.overhead == pytest.approx(0.007)
     assert measured.prompt_tokens == 38
     titles, _, first, second = measured.table().splitlines()
     assert titles.endswith("| 32 decode | each prompt token |")

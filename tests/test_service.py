@@ -400,8 +400,8 @@ def test_200_clients_get_their_own_complete_answer_or_are_told_that_the_queue_is
 
 def test_clients_that_do_not_read_hold_up_no_other_and_lose_nothing(tiny_service: Any) -> None:
     """There are more clients than can run at once. Each answer is generated to its end, and waits for its client."""
-    whole = tiny_service.ask(prompt=SLOW, max_tokens=450).text
-    answers = [tiny_service.stream(prompt=SLOW, max_tokens=450) for _ in range(40)]
+    whole = tiny_service.ask(prompt=SLOW, max_tokens=200).text
+    answers = [tiny_service.stream(prompt=SLOW, max_tokens=200) for _ in range(40)]
     unread = [(next(pieces), pieces) for pieces in map(iter, answers)]
     assert tiny_service.ask(prompt=SLOW, max_tokens=20).completion_tokens == 20
     until(lambda: is_idle(tiny_service), "all sequences have finished")
