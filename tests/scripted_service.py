@@ -23,6 +23,7 @@ Script = Callable[[Any], Iterator[ModelOutputDocument]]
 
 class ScriptedService:
     """A service on a free `port` of `host`. `requests` holds all requests, and ``script(request)`` yields the answer.
+    `running` is the number of requests that have neither been answered nor cancelled.
 
     The default script never ends by itself: answer 2 with ``max_tokens=3`` is ``"2:0 2:1 2:2 "``.
     """
@@ -30,6 +31,7 @@ class ScriptedService:
     def __init__(self, host: str = "127.0.0.1") -> None:
         self.host = host
         self.requests: list[Any] = []
+        self.running, self._lock = 0, threading.Lock()
         self.script: Script = self.count_up
         self.token_counts = CountDocument(prompt_tokens=30, context_length=512)
         self.resume = threading.Event()
@@ -96,11 +98,18 @@ class ScriptedService:
 
     def stream_doc(self, message: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Answer a request to Jina's endpoint for streams. gRPC calls this."""
+        self._count(1)
+        if not context.add_callback(lambda: self._count(-1)):
+            self._count(-1)
         for document in self._reply(message, context):
             reply = SingleDocumentRequest()
             reply.document_cls = type(document)
             reply.data.doc = document
             yield reply
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self.running += change
 
     def _reply(self, message: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         endpoint = message.header.exec_endpoint

@@ -13,7 +13,6 @@ from fastapi.testclient import TestClient
 
 from browser_chat import BrowserChat
 from chat_scripts import HOSTILE, hold, say
-from connections import connections_to
 from eventually import until
 from helpers.conversation import Conversation
 from helpers.gateway import create_app
@@ -160,10 +159,10 @@ def test_escape_stops_the_generation_in_the_service(
     scripted.script = scripted.half
     chat.send("Hello")
     chat.wait_for_answer("Half an")
-    assert connections_to(scripted.port)
+    assert scripted.running == 1
     chat.page.keyboard.press("Escape")
     chat.wait_for_status("Answer stopped.")
-    until(lambda: not connections_to(scripted.port), "the gateway cancels the request")
+    until(lambda: scripted.running == 0, "the gateway cancels the request")
     assert 499 in [record.status for record in gateway.records]
     assert chat.turns() == [("Hello", "Half an")]
     assert chat.summary.endswith("stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -125,6 +126,7 @@ def test_starts_and_stops_side_by_side_leave_nothing(
         return processes, threading.active_count(), list(temporary.iterdir())
 
     tiny_service.ask("Hello", max_tokens=1)  # imports the client
+    gc.collect()  # closes what earlier tests have left
     before, files, ports = state(), psutil.Process().num_fds(), []
 
     def start_ask_stop(_: int) -> None:
@@ -152,7 +154,7 @@ def test_the_token_is_handed_over_by_environment_only(tiny_folder: Path, monkeyp
         assert secret not in repr(service)
 
 
-@pytest.mark.parametrize("host", ["0:0:0:0:0:0:0:1", "[::]"])
+@pytest.mark.parametrize("host", [pytest.param("0:0:0:0:0:0:0:1", marks=pytest.mark.long), "[::]"])
 def test_a_service_listens_at_an_ipv6_address(
     tiny_folder: Path, host: str, monkeypatch: pytest.MonkeyPatch, temporary: Path
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_service_listens_at_an_ipv6_address(
         assert f"Ready on [::{'1' * (host != '[::]')}]:{service.port}." in service.log.read_text()
 
 
+@pytest.mark.long
 def test_starts_of_the_same_service_do_not_wait_for_each_other(
     tiny_folder: Path, monkeypatch: Any, tmp_path: Path
 ) -> None:

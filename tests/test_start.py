@@ -168,7 +168,16 @@ print(type(pickle.loads(pickle.dumps(Document()))) is Document, sys.modules["__m
 
 
 @pytest.mark.main
-@pytest.mark.parametrize("spelling", ["scripts/serve_it.py", "{folder}/scripts/serve_it.py", "link.py"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "link.py",
+        *(
+            pytest.param(path, marks=pytest.mark.long)
+            for path in ("scripts/serve_it.py", "{folder}/scripts/serve_it.py")
+        ),
+    ],
+)
 def test_a_script_runs_as_python_runs_it(spelling: str, tmp_path: Path) -> None:
     folder = tmp_path / "scripts"
     folder.mkdir()
