@@ -118,7 +118,7 @@ def ids_of_bytes(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.convert_tokens_to_ids(list(characters))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_the_joined_pieces_are_the_decoding_of_all_ids(tokenizer: Any, data: st.DataObject) -> None:
     ids = data.draw(random_ids(tokenizer))

@@ -587,7 +587,8 @@ def test_a_client_that_reads_nothing_has_left(
     scripted: ScriptedService, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("helpers.gateway.sse.SECONDS_TO_READ", 0.2)
-    body = json.dumps({**CHAT, "stream": True, "max_tokens": 10**6}).encode()
+    scripted.script = lambda _: tokens(*["long " * 10_000] * 1000)  # fills the buffers of both sockets
+    body = json.dumps({**CHAT, "stream": True}).encode()
     with connect(gateway) as connection:
         connection.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"

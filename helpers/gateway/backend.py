@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..answer import Answer
 from ..client import endpoint_of
@@ -27,8 +27,7 @@ _SECONDS_BEFORE_RETRY = 0.25
 """In this time, the health check reports that the service which failed is not serving, so another one is tried."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece of the answer number `choice`. The last piece of each choice has no text, but the complete `answer`.
 
     `logprobs` are those of the tokens whose text begins in `text`.

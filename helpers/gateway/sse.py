@@ -1,7 +1,7 @@
 """Server-sent events: how a stream is framed, kept alive and ended.
 
 A failure before the first event gets an HTTP status of its own. A later one becomes an event, because the status has
-been sent. FastAPI frames the events.
+been sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -24,7 +24,7 @@ from .disconnects import cancel, client_left, unless_client_leaves
 from .errors import SHUTTING_DOWN, ApiError, to_api_error
 from .records import Record, log_without_text, record_of
 
-DONE = format_sse_event(data_str="[DONE]")
+DONE = b"data: [DONE]\n\n"
 """OpenAI's last event of a stream that is complete."""
 SECONDS_TO_READ = 60
 """How long a client may read nothing before its stream ends."""
@@ -38,7 +38,8 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
 
     All text is ASCII: some clients split lines with Python's `str.splitlines`, which also splits at U+2028.
     """
-    return format_sse_event(data_str=_to_json(data), event=name)
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {_to_json(data)}\n\n".encode()
 
 
 def error_event(error: Exception) -> bytes:
