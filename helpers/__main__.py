@@ -123,7 +123,9 @@ def gateway(options: argparse.Namespace) -> int:
     keys = Keys.load(args.keys)
     hosts = hosts_to_allow(clean_host(options.host), keys, args.allowed_host)
     services = options.service or [f"{HOST}:{PORT}"]
-    app = create_app(services, keys=keys, cors=args.cors or (), allowed_hosts=hosts)
+    app = create_app(
+        services, service_model=options.service_model, keys=keys, cors=args.cors or (), allowed_hosts=hosts
+    )
     run(app, args, host=options.host, port=options.port, parent=options.parent)
     return 0
 
@@ -297,8 +299,12 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument(
         "--service",
         action="append",
-        metavar="HOST:PORT",
-        help=f"may be given several times, or name several services at once (default: {HOST}:{PORT})",
+        metavar="HOST:PORT|URL",
+        help="a service, or a server with OpenAI's API, such as http://127.0.0.1:8001/v1; may be given several times, "
+        f"or name several services at once (default: {HOST}:{PORT})",
+    )
+    http.add_argument(
+        "--service-model", metavar="ID", help="the model to use, if a server with OpenAI's API lists several"
     )
     http.add_argument("--host", default=HOST, help="the address to listen on; 0.0.0.0 is every network")
     http.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")

@@ -11,14 +11,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing, closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ServiceUnavailable, from_wire, to_wire
 from .logprobs import TokenLogprobs, from_fields
 
 if TYPE_CHECKING:
     from .fields import OutputFields
-    from .transport import Call
 
 FINISH_REASONS = {
     "stop": "complete",
@@ -27,6 +26,19 @@ FINISH_REASONS = {
     "error": "failed",
 }
 """`finish_reason` → the words that a user reads."""
+
+
+class AnswerCall(Protocol):
+    """A request, and the documents of its answer. `helpers.transport.Call` is one."""
+
+    def cancel(self) -> None:
+        """End the request."""
+
+    def documents(self) -> Generator[OutputFields, None, None]:
+        """Send the request and yield the documents as they arrive."""
+
+    def documents_async(self) -> AsyncGenerator[OutputFields, None]:
+        """Do the same in an event loop."""
 
 
 class Answer:
@@ -54,7 +66,7 @@ class Answer:
 
     def __init__(
         self,
-        call: Call[OutputFields] | None,
+        call: AnswerCall | None,
         *,
         on_start: Callable[[Answer], None] = lambda _: None,
         on_end: Callable[[Answer], None] = lambda _: None,
@@ -151,7 +163,7 @@ class Answer:
                         break
 
     @contextmanager
-    def _reading(self) -> Iterator[Call[OutputFields]]:
+    def _reading(self) -> Iterator[AnswerCall]:
         """Yield the request, and set the final `finish_reason` after the block."""
         if self._started or self._call is None:
             raise RuntimeError("This answer has been read already. Ask again for another one.")
@@ -186,6 +198,8 @@ class Answer:
                 self.dropped_turns = document.dropped_turns or 0
             if document.finish_reason:
                 self.finish_reason = document.finish_reason
+                if document.completion_tokens is not None:  # a server with OpenAI's API may send several in a piece
+                    self.completion_tokens = document.completion_tokens
             else:
                 self.seconds = time.perf_counter() - self._started
                 self.time_to_first_token = self.time_to_first_token or self.seconds

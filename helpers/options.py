@@ -26,6 +26,8 @@ MAX_MESSAGES, MAX_CHARACTERS = 20_000, 8_000_000
 """The limits of a dialog, far above those of any real conversation."""
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
 """The limits of stop strings. Each new token is compared with all of them, while all other answers wait."""
+MAX_TOKENS = 2**31 - 1
+"""The tokens that a request may ask for: the wire's limit."""
 MAX_LOGPROBS = 20
 """The most likely tokens that a request may ask for at each place. OpenAI's limit."""
 

@@ -9,12 +9,14 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
+from ..errors import InvalidRequest
 from ..options import HOST, PORT
 from . import chat, completions, page, responses, status
 from .backend import Backend
 from .errors import handle_errors
 from .hosts import CheckHost
 from .keys import Keys
+from .openai_services import OpenAIServices
 from .records import RecordRequests
 from .services import Services
 from .settings import KEEP_ALIVE, MAX_BODY, Settings
@@ -25,6 +27,7 @@ _DESCRIPTION = "OpenAI's API for one chat model. Fields that are not supported a
 def create_app(
     service: str | Sequence[str] = f"{HOST}:{PORT}",
     *,
+    service_model: str | None = None,
     keys: Keys | Iterable[str] = (),
     cors: Sequence[str] = (),
     allowed_hosts: Sequence[str] | None = None,
@@ -34,7 +37,9 @@ def create_app(
     """Return OpenAI's API for the service at ``HOST:PORT``, as an ASGI app. It may be mounted in another app.
 
     Several services that run the same model share the requests. Give their IP addresses, or one name for all of them.
+    A URL such as ``http://127.0.0.1:8001/v1`` is another server with OpenAI's API; there may be several of these too.
 
+    - `service_model`: the id of the model to use, for servers with OpenAI's API that list several.
     - `keys`: the API keys, as `Keys` reads them. Without any, every request may pass.
     - `cors`: the origins, such as ``https://chat.example.org``, whose pages may call the gateway from a browser.
     - `allowed_hosts`: requests must name one of these hosts, or this machine (localhost, 127.0.0.1, ::1), in their
@@ -43,10 +48,10 @@ def create_app(
     - `keep_alive`: the seconds after which a silent stream sends a comment.
 
     The service need not run yet: until one answers, requests get status 503. Raise `InvalidRequest` for an address or
-    a host that is not one, and for keys that `Keys` refuses.
+    a host that is not one, for keys that `Keys` refuses, and if OpenAI's package is needed and not installed.
     """
     settings = Settings(
-        backend=Backend(Services([service] if isinstance(service, str) else service)),
+        backend=Backend(_services([service] if isinstance(service, str) else service, service_model)),
         keys=keys if isinstance(keys, Keys) else Keys(keys),
         max_body=max_body,
         keep_alive=keep_alive,
@@ -72,6 +77,18 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+def _services(addresses: Sequence[str], model: str | None) -> Services | OpenAIServices:
+    """Return the services at `addresses`, which are all ``HOST:PORT`` or all URLs."""
+    kinds = {"//" in address for address in addresses}
+    if len(kinds) > 1:
+        raise InvalidRequest("The services are both HOST:PORT and URLs. Give addresses of one kind.")
+    if True in kinds:
+        return OpenAIServices(addresses, model)
+    if model is not None:
+        raise InvalidRequest("service_model is for services that are URLs. Leave it out.")
+    return Services(addresses)
 
 
 class _Gateway(FastAPI):

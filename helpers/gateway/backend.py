@@ -15,7 +15,8 @@ from ..client import endpoint_of
 from ..errors import QueueFull, ServiceUnavailable
 from ..fields import ChatFields, ModelFields, OutputFields, PromptFields
 from ..logprobs import TokenLogprobs
-from .errors import ApiError
+from .errors import ApiError, WrongSetup
+from .openai_services import OpenAIServices, ServerModel
 from .records import Record
 from .services import Services
 
@@ -42,33 +43,34 @@ class Piece(NamedTuple):
 class Backend:
     """What all requests share: the services, and their model as it was last seen."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services | OpenAIServices) -> None:
         self.services = services
-        self._model: ModelFields | None = None
+        self._model: ModelFields | ServerModel | None = None
         self._asked_at = 0.0
 
-    async def info(self) -> ModelFields:
+    async def info(self) -> ModelFields | ServerModel:
         """Return the model that the services run now, and the load of one of them.
 
         Raise `ServiceUnavailable` if none describes its model in time, and an `ApiError` if their models differ.
         """
         self._model = None
-        replies = await self.services.describe()
-        models = [reply for reply in replies.values() if isinstance(reply, ModelFields)]
-        for reply in replies.values():
-            if isinstance(reply, ServiceUnavailable):
-                log.warning("%s", reply)
+        replies = (await self.services.describe()).values()
+        models = [reply for reply in replies if not isinstance(reply, ServiceUnavailable)]
+        failures = [reply for reply in replies if isinstance(reply, ServiceUnavailable)]
+        for failure in failures:
+            log.warning("%s", failure)
         if not models:
-            raise ServiceUnavailable("No service describes its model.")
+            wrong = [failure for failure in failures if isinstance(failure, WrongSetup)]
+            raise wrong[0] if wrong else ServiceUnavailable("No service describes its model.")
         names = sorted({model_id(model) for model in models})
         if len(names) > 1:
             message = f"The services behind the gateway run different models: {', '.join(names)}."
             log.error("%s", message)
             raise ApiError(503, f"{message} Start all of them with the same --model.", code="models_differ")
-        self._model, self._asked_at = min(models, key=lambda model: model.context_length), time.monotonic()
+        self._model, self._asked_at = min(models, key=lambda model: model.context_length or 0), time.monotonic()
         return self._model
 
-    async def model(self) -> ModelFields:
+    async def model(self) -> ModelFields | ServerModel:
         """Return the services' model, as it was seconds ago at most. Raise as `info` does."""
         if self._model is None or time.monotonic() - self._asked_at > _SECONDS_TO_REMEMBER:
             return await self.info()
@@ -120,13 +122,13 @@ class Backend:
 
     async def _read(self, answer: Answer, choice: int, record: Record, *, prompt: int) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of `answer`, and count its tokens as they arrive: the client may leave at any time."""
-        counted, with_logprobs, arrived_at = 0, 0, 0.0
+        counted, with_logprobs, arrived_at, told = 0, 0, 0.0, False
         async with aclosing(answer.__aiter__()) as texts:
             async for text in texts:
                 if counted:
                     record.intervals.append(time.perf_counter() - arrived_at)
-                else:
-                    record.answer_begins(prompt, answer)
+                elif told := answer.prompt_tokens is not None:
+                    record.prompt_is_read(prompt, answer)
                 arrived_at = time.perf_counter()
                 record.token_arrived()
                 record.completion_tokens += answer.completion_tokens - counted
@@ -134,6 +136,8 @@ class Backend:
                 yield Piece(choice, text, logprobs=answer.logprobs[with_logprobs:])
                 with_logprobs = len(answer.logprobs)
         record.completion_tokens += answer.completion_tokens - counted  # the last ones may have no text
+        if not told:  # a server with OpenAI's API tells it at the end
+            record.prompt_is_read(prompt, answer)
         yield Piece(choice, "", answer)
 
 
@@ -172,7 +176,7 @@ async def _merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def model_id(model: ModelFields) -> str:
+def model_id(model: ModelFields | ServerModel) -> str:
     """Return the model's name for clients: a Hub id as it is, and of a folder's path only the last part."""
     is_path = re.match(r"[/\\~.]|[A-Za-z]:[/\\]", model.model)
     return re.split(r"[/\\]", model.model.rstrip("/\\"))[-1] if is_path else model.model

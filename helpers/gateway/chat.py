@@ -79,7 +79,7 @@ class ChatCompletionRequest(ChoicesRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     """How many of the most likely tokens to report beside each. It needs `logprobs`."""
 
-    def requests(self, context_length: int) -> list[ChatFields | PromptFields]:
+    def requests(self, context_length: int | None) -> list[ChatFields | PromptFields]:
         """Return a request to the service for each choice. Raise `InvalidRequest` or an `ApiError` of status 400."""
         given = {self.max_completion_tokens, self.max_tokens} - {None}
         if len(given) > 1:

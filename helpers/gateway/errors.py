@@ -59,6 +59,10 @@ class ApiError(HTTPException):
         return JSONResponse(self.body(), self.status_code, self.headers)
 
 
+class WrongSetup(ServiceUnavailable):
+    """A service answers, but not to a gateway with these options. The text names no address: clients see it."""
+
+
 SHUTTING_DOWN = ApiError(503, "The gateway is shutting down. Ask again later.", code="shutting_down")
 """What the clients see whose answers are not complete when the gateway has waited long enough."""
 
@@ -73,6 +77,8 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(
             429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(_seconds_to_retry(error))}
         )
+    if isinstance(error, WrongSetup):
+        return ApiError(503, str(error), code="wrong_setup")
     if isinstance(error, ServiceUnavailable):  # its text names the service's address
         return ApiError(
             503,

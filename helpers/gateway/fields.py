@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..fields import ChatFields, ModelFields, PromptFields
+from ..options import MAX_TOKENS
 from .backend import model_id
 from .errors import ApiError, UnsupportedField
+from .openai_services import ServerModel
 from .settings import Settings
 
 MAX_CHOICES = 16
 """Answers that one request may ask for."""
-MAX_TOKENS = 2**31 - 1
-"""The wire's limit."""
 DEFAULT_MAX_TOKENS = 1024
 """Without `max_tokens`, an answer to a dialog has at most so many tokens, and at most half of the context window."""
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
@@ -96,7 +96,7 @@ class ChoicesRequest(GenerationRequest):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-async def served_model(name: str, settings: Settings) -> ModelFields:
+async def served_model(name: str, settings: Settings) -> ModelFields | ServerModel:
     """Return the service's model. Raise an `ApiError` of status 404 if clients do not know it as `name`."""
     model = await settings.backend.model()
     if name != (served := model_id(model)):
@@ -109,9 +109,12 @@ async def served_model(name: str, settings: Settings) -> ModelFields:
     return model
 
 
-def default_max_tokens(context_length: int) -> int:
-    """Return the maximum number of tokens in the answer to a dialog, for a request that names none."""
-    return min(DEFAULT_MAX_TOKENS, context_length // 2)
+def default_max_tokens(context_length: int | None) -> int:
+    """Return the maximum number of tokens in the answer to a dialog, for a request that names none.
+
+    If the context window is not known, it is `MAX_TOKENS`, and the server behind the gateway chooses.
+    """
+    return MAX_TOKENS if context_length is None else min(DEFAULT_MAX_TOKENS, context_length // 2)
 
 
 def _is_same(value: object, other: object) -> bool:

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..errors import ServiceUnavailable
 from ..fields import ModelFields
+from .openai_services import ServerModel
 
 if TYPE_CHECKING:
     from .records import Record
@@ -92,12 +93,13 @@ class Metrics:
         if record.failure:
             self._failures.labels(record.failure).inc()
 
-    def page(self, services: Mapping[str, ModelFields | ServiceUnavailable]) -> bytes:
+    def page(self, services: Mapping[str, ModelFields | ServerModel | ServiceUnavailable]) -> bytes:
         """Return all metrics in Prometheus' text format. `services` are the services' replies by their addresses."""
         for gauge in (self._up, *self._loads.values()):
             gauge.clear()
         for address, reply in services.items():
-            self._up.labels(address).set(isinstance(reply, ModelFields))
-            for field, gauge in self._loads.items():
-                gauge.labels(address).set(getattr(reply, field, 0))
+            self._up.labels(address).set(not isinstance(reply, ServiceUnavailable))
+            if isinstance(reply, ModelFields):  # other servers tell no load
+                for field, gauge in self._loads.items():
+                    gauge.labels(address).set(getattr(reply, field))
         return generate_latest(self.registry)

@@ -63,8 +63,8 @@ class Record:
         """Return how many tokens of the prompts came from the service's prefix cache."""
         return sum(cached for _, cached in self.prompts.values())
 
-    def answer_begins(self, prompt: int, answer: Answer) -> None:
-        """Note the first text of an answer to the prompt number `prompt`.
+    def prompt_is_read(self, prompt: int, answer: Answer) -> None:
+        """Note how long the prompt number `prompt` is, as soon as an answer to it tells.
 
         Several answers may share a prompt. The first of them reads it, and only the others find it in the cache.
         """

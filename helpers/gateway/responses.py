@@ -101,7 +101,7 @@ class ResponseRequest(GenerationRequest):
             messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
         return messages
 
-    def request(self, context_length: int) -> ChatFields | PromptFields:
+    def request(self, context_length: int | None) -> ChatFields | PromptFields:
         """Return the request to the service. Raise `InvalidRequest` or an `ApiError` of status 400."""
         max_tokens = self.max_output_tokens or default_max_tokens(context_length)
         logprobs = count_to_ask_for(

@@ -10,7 +10,7 @@ import asyncio
 import ipaddress
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from ..fields import ModelFields, NoFields
 from ..options import check_port
 from ..transport import Call, SharedChannel
 
-_SECONDS_TO_ANSWER = 5
+SECONDS_TO_ANSWER = 5
 """How long a service may take to describe its model. Prometheus waits 10 s for all metrics."""
 _SECONDS_FOR_THE_OTHERS = 1
 """How long the description of one service waits for those of the others. A frozen one must not hold up an answer."""
@@ -44,6 +44,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 Fields = TypeVar("Fields", bound=BaseModel)
+Model = TypeVar("Model")
 
 
 class Services:
@@ -75,16 +76,8 @@ class Services:
 
         Wait 5 seconds for each reply. If not `patient`, wait only 1 second when any service has replied by then.
         """
-        asking = {join(*address): asyncio.ensure_future(_describe(*address)) for address in await self._look_up()}
-        try:
-            done, missing = await asyncio.wait(asking.values(), timeout=None if patient else _SECONDS_FOR_THE_OTHERS)
-            if missing and not any(isinstance(task.result(), ModelFields) for task in done):
-                await asyncio.wait(missing)
-            return {name: task.result() if task.done() else _too_slow(name) for name, task in asking.items()}
-        finally:
-            for task in asking.values():
-                task.cancel()
-            await asyncio.gather(*asking.values(), return_exceptions=True)
+        asking = {join(*address): _describe(*address) for address in await self._look_up()}
+        return await first_replies(asking, patient=patient)
 
     async def _look_up(self) -> list[tuple[str, int]]:
         """Return the addresses of all services. A name without an address stays a name, which cannot be reached."""
@@ -98,6 +91,25 @@ class Services:
                 found[host, port] = None
         self.count = len(found)
         return list(found)
+
+
+async def first_replies(
+    asking: Mapping[str, Coroutine[Any, Any, Model | ServiceUnavailable]], *, patient: bool
+) -> dict[str, Model | ServiceUnavailable]:
+    """Ask at once, and return each reply by the name of its service.
+
+    If not `patient`, wait only 1 second for the others when any service has described its model by then.
+    """
+    tasks = {name: asyncio.ensure_future(question) for name, question in asking.items()}
+    try:
+        done, missing = await asyncio.wait(tasks.values(), timeout=None if patient else _SECONDS_FOR_THE_OTHERS)
+        if missing and all(isinstance(task.result(), ServiceUnavailable) for task in done):
+            await asyncio.wait(missing)
+        return {name: task.result() if task.done() else too_slow(name) for name, task in tasks.items()}
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
 
 
 def _target(addresses: Sequence[tuple[str, int]]) -> str:
@@ -125,14 +137,15 @@ async def _describe(host: str, port: int) -> ModelFields | ServiceUnavailable:
     call = Call("/info", NoFields(), ModelFields, host, port)
     try:
         async with aclosing(call.documents_async()) as documents:
-            return await asyncio.wait_for(anext(documents), _SECONDS_TO_ANSWER)
+            return await asyncio.wait_for(anext(documents), SECONDS_TO_ANSWER)
     except ServiceUnavailable as error:
         return error
     except asyncio.TimeoutError:
-        return _too_slow(join(host, port))
+        return too_slow(join(host, port))
     except StopAsyncIteration:
         return ServiceUnavailable(f"{join(host, port)} does not describe its model. Check the gateway's --service.")
 
 
-def _too_slow(name: str) -> ServiceUnavailable:
+def too_slow(name: str) -> ServiceUnavailable:
+    """Return what to say about a service that does not reply in time."""
     return ServiceUnavailable(f"The service at {name} did not describe its model in time. Look into its log.")

@@ -12,6 +12,7 @@ from ..fields import ModelFields
 from .backend import model_id
 from .fields import served_model
 from .guard import GuardedRoute
+from .openai_services import ServerModel
 from .results import FAILURES
 from .settings import Settings, settings_of
 
@@ -21,14 +22,14 @@ open_router = APIRouter()
 
 
 class Model(BaseModel):
-    """The model behind the gateway."""
+    """The model behind the gateway. What a server with OpenAI's API does not tell is null."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["helpers"] = "helpers"
-    context_length: int
-    precision: str
+    context_length: int | None
+    precision: str | None
 
 
 class ModelList(BaseModel):
@@ -79,7 +80,7 @@ async def ready(request: Request) -> Status:
     return Status()
 
 
-def _model(model: ModelFields, settings: Settings) -> Any:
+def _model(model: ModelFields | ServerModel, settings: Settings) -> Any:
     return Model(
         id=model_id(model),
         created=settings.created,
