@@ -33,10 +33,12 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(*service_ports: int, mounted_at: str = "", **options: Any) -> Iterator[RunningGateway]:
-    """Run a gateway during the block, for the services on `service_ports`. `mounted_at` is its place in another app."""
-    gateway = RunningGateway(port_to_listen_on("127.0.0.1", 0))
-    app = create_app([f"127.0.0.1:{port}" for port in service_ports], **options)
+def running_gateway(
+    *services: int | str, mounted_at: str = "", port: int = 0, **options: Any
+) -> Iterator[RunningGateway]:
+    """Run a gateway during the block, for services that are ports or URLs. `mounted_at` is its place in another app."""
+    gateway = RunningGateway(port_to_listen_on("127.0.0.1", port))
+    app = create_app([f"127.0.0.1:{one}" if isinstance(one, int) else one for one in services], **options)
     metrics = app.state.gateway.metrics
     add = metrics.add
 
@@ -49,13 +51,20 @@ def running_gateway(*service_ports: int, mounted_at: str = "", **options: Any) -
     if mounted_at:
         inner, app = app, FastAPI()
         app.mount(mounted_at, inner)
-    config = configure(app, GatewayArgs(timeout_graceful_shutdown=1), host="127.0.0.1", port=gateway.port)
+    with running_app(app, gateway.port):
+        yield gateway
+
+
+@contextmanager
+def running_app(app: Any, port: int) -> Iterator[None]:
+    """Serve an ASGI app during the block, with a gateway's own server."""
+    config = configure(app, GatewayArgs(timeout_graceful_shutdown=1), host="127.0.0.1", port=port)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        until(lambda: server.started, "the gateway listens")
-        yield gateway
+        until(lambda: server.started, "the server listens")
+        yield
     finally:
         server.should_exit = True
         thread.join()
