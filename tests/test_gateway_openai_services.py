@@ -95,6 +95,7 @@ def test_an_answer_is_the_same_as_that_of_the_server(
 
 
 def test_the_server_gets_the_fields_of_the_request(outer: RunningGateway, scripted: ScriptedService) -> None:
+    scripted.script = llama
     fields = {"temperature": 0.5, "top_p": 0.9, "seed": 0, "stop": ["END", "STOP"], "logprobs": True, "top_logprobs": 3}
     system = {"role": "system", "content": "Be brief."}
     post(outer, CHAT_PATH, {**CHAT, "messages": [system, *QUESTION], "n": 2, **fields})
