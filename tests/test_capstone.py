@@ -64,7 +64,6 @@ BACK_AGAIN = {
     "the tokenizer never adds BOS": ("BOS", "not has_bos", "False"),
 }
 # The other faults are those of the article's service.
-ALSO_IN_MAIN = "nothing stops the task of a client that left"
 DOES_NOT_START = {
     "has a syntax error": ("def step(", "def step((", "It does not start. Line 43: SyntaxError: "),
     "raises when its Executor starts": (
@@ -140,10 +139,8 @@ def test_a_repaired_service_has_none(findings: Callable[[str], list[str]]) -> No
     assert last == "Nothing is left to repair."
 
 
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(what, marks=pytest.mark.main if what == ALSO_IN_MAIN else pytest.mark.long) for what in BACK_AGAIN],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("what", BACK_AGAIN)
 def test_a_fault_is_found_alone_if(what: str, findings: Callable[[str], list[str]]) -> None:
     names, old, new = BACK_AGAIN[what]
     *lines, last = findings(changed(old, new))

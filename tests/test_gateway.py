@@ -557,6 +557,12 @@ def test_a_long_answer_is_not_cut_by_the_time_for_headers(
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
+@pytest.mark.parametrize("seconds", [0, -1.5])
+def test_a_time_between_comments_that_is_not_positive_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"keep_alive is {seconds}. "):
+        create_app(keep_alive=seconds)
+
+
 def test_headers_that_are_too_long_are_refused(gateway: RunningGateway) -> None:
     with connect(gateway) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\nx-long: " + b"a" * 100_000)

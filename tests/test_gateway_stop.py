@@ -69,7 +69,7 @@ def test_the_service_stops_after_the_answers_of_its_gateway(
 ) -> None:
     program, url, model = start_pair(script, tiny_folder, "--timeout-graceful-shutdown=300", start_new_session=True)
     processes = program.family()
-    stream = Stream(url, model=model, max_tokens=450)
+    stream = Stream(url, model=model, max_tokens=200)
     with ThreadPoolExecutor(8) as threads:
         reading = threads.submit(stream.read)
         until(lambda: stream.has_begun, "the answer has begun")

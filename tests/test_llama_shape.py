@@ -101,6 +101,7 @@ def test_int8_is_loaded_with_its_threshold(steps: Any, folder: Path, threshold: 
     assert type(linear).__name__ == "Linear8bitLt" and linear.state.threshold == float(threshold)
 
 
+@pytest.mark.long
 def test_every_backend_answers_every_number_of_sequences_in_full(steps: Any, folder: Path) -> None:
     machine, *cells = steps.measure(str(folder), "fp32", steps.Scale([1, 3], 10, 5, 2))
     assert "torch" in machine["machine"]
@@ -126,6 +127,7 @@ def test_the_sequences_of_the_engine_decode_together(steps: Any, folder: Path) -
     assert engine.steps <= 30 + 4  # each joins within a step of the others
 
 
+@pytest.mark.long
 def test_a_number_of_sequences_that_fails_is_reported_and_the_next_is_measured(
     steps: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from helpers.messages import Message
 from helpers.prompts import SPECIAL_TAGS, token_ids
 from tokenizer_kinds import llama_tokenizer_of
 
-EXAMPLES = pytest.mark.parametrize("examples", [60, pytest.param(500, marks=pytest.mark.long)])
+EXAMPLES = pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.long)])
 """How many examples of a property are tried."""
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

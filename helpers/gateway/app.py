@@ -48,8 +48,11 @@ def create_app(
     - `keep_alive`: the seconds after which a silent stream sends a comment.
 
     The service need not run yet: until one answers, requests get status 503. Raise `InvalidRequest` for an address or
-    a host that is not one, for keys that `Keys` refuses, and if OpenAI's package is needed and not installed.
+    a host that is not one, for keys that `Keys` refuses, for a `keep_alive` that is not positive, and if OpenAI's
+    package is needed and not installed.
     """
+    if keep_alive <= 0:
+        raise InvalidRequest(f"keep_alive is {keep_alive}. Choose more than 0 seconds.")
     settings = Settings(
         backend=Backend(_services([service] if isinstance(service, str) else service, service_model)),
         keys=keys if isinstance(keys, Keys) else Keys(keys),
