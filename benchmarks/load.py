@@ -34,8 +34,9 @@ import psutil
 from backends import HOST, BehindGateway, Dialog, Gateway, Server, Service
 from bench import COLOURS, PAUSE, PROJECT, machine, start
 from helpers import catalog, models
+from helpers.prefill import PREFILL_BUDGET
 from helpers.processes import port_to_listen_on
-from helpers.simulation import PREFILL_BUDGET, Arrival, poisson_arrivals, simulate
+from helpers.simulation import Arrival, poisson_arrivals, simulate
 from helpers.sizing import StepTimes, max_rate
 from measurements import Row, Run
 

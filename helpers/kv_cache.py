@@ -15,11 +15,6 @@ from . import hardware
 
 Ids = Sequence[int]
 
-BLOCK = 32
-"""Prompts are read in blocks of 32 tokens, which begin at multiples of 32: a chunk of a prompt ends at one, unless it
-is the last, and so does a prefix that is reused. So a model can compute the same for a prompt that is read alone and
-for one that is read beside others. A reused answer was read token by token, which rounds differently."""
-
 
 class KVCache:
     """The keys and values of one sequence's first `length` tokens, in memory for `capacity` tokens.

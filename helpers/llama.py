@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from .errors import ModelUnavailable
-from .kv_cache import BLOCK, KVCache
+from .kv_cache import KVCache
 from .linear import Fp32Linear, Int8Linear
 from .model_files import missing_weights, rope_of
 from .packed import Chunk, forward_packed, last_tokens, positions_of, require_finite
+from .prefill import BLOCK
 
 Linear = Fp32Linear | Int8Linear
 

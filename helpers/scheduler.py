@@ -13,14 +13,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from .kv_cache import BLOCK, KVCache, PrefixCache, PrefixMatch, common_prefix_length
+from .kv_cache import KVCache, PrefixCache, PrefixMatch, common_prefix_length
+from .prefill import BLOCK, share_budget
 from .sequence import Sequence
 
 log = logging.getLogger(__name__)
-
-PREFILL_BUDGET = 128
-"""Prompt tokens that one step reads, of all new prompts together. On a CPU, a larger budget would hardly be faster per
-token, and the running sequences would wait longer between two tokens."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,8 @@ class Scheduler:
                 sequence.stream.cached_tokens = sequence.cache.length
             chunk = Chunk(sequence, sequence.unread_ids)
             (decode if len(chunk.ids) == 1 else prefill).append(chunk)
-        return decode + _share_budget(prefill)
+        shares = share_budget([len(chunk.ids) for chunk in prefill])
+        return decode + [Chunk(prefill[n].sequence, prefill[n].ids[:share]) for n, share in shares.items() if share]
 
     def finish(self, sequence: Sequence) -> None:
         """Remove `sequence` from the running ones. The prefix cache keeps its KV cache."""
@@ -149,18 +147,3 @@ class Scheduler:
         except RuntimeError as error:  # too little memory after all, so the prefix is read again
             log.warning("%s", error)
             return KVCache(capacity)
-
-
-def _share_budget(prefill: list[Chunk]) -> list[Chunk]:
-    """Cut the chunks, at whole blocks, so that together they fit the prefill budget. A chunk that gets no block waits.
-
-    The oldest sequence gets half of the budget, and the others get the rest, the shortest prompt first. So a long
-    prompt does not hold up a short one behind it.
-    """
-    chunks, budget = [], PREFILL_BUDGET
-    for chunk in [*prefill[:1], *sorted(prefill[1:], key=lambda chunk: len(chunk.ids))]:
-        share = budget // 2 if chunk is prefill[0] and len(prefill) > 1 else budget
-        if ids := chunk.ids if len(chunk.ids) <= share else chunk.ids[: share // BLOCK * BLOCK]:
-            chunks.append(Chunk(chunk.sequence, ids))
-            budget -= len(ids)
-    return chunks

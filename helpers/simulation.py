@@ -12,12 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .prefill import share_budget
 from .sizing import StepTimes, require_positive
-
-BLOCK = 32
-"""Tokens of a block: that of `helpers.kv_cache`, which needs torch."""
-PREFILL_BUDGET = 128
-"""Prompt tokens that one step reads: that of `helpers.scheduler`, which needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +76,10 @@ class _Replica:
         while self.waiting and self.waiting[0].arrival.seconds <= now and len(self.running) < self.max_num_seqs:
             self.running.append(self.waiting.popleft())
         shares = share_budget([sequence.unread for sequence in self.running if sequence.unread > 1])
-        prefill = iter(shares)
+        prefill = (shares[n] for n in range(len(shares)))
         read = [next(prefill) if sequence.unread > 1 else sequence.unread for sequence in self.running]
         # a prompt that is read takes as long as a sequence that decodes, and then its tokens' time
-        self.free_at = now + step_times.seconds(sum(n > 0 for n in read), sum(shares))
+        self.free_at = now + step_times.seconds(sum(n > 0 for n in read), sum(shares.values()))
         for sequence, n in zip(self.running, read, strict=True):
             sequence.unread -= n
             if not sequence.unread:
@@ -91,17 +87,6 @@ class _Replica:
                 sequence.ttft = sequence.ttft or sequence.total
                 sequence.tokens, sequence.unread = sequence.tokens + 1, 1
         self.running = [one for one in self.running if one.tokens < one.arrival.completion_tokens]
-
-
-def share_budget(unread: Sequence[int]) -> list[int]:
-    """Return how many tokens of each prompt the next step reads, as `helpers.scheduler` does. `unread` is in the order
-    of arrival."""
-    shares, budget = [0] * len(unread), PREFILL_BUDGET
-    for index in [*range(len(unread))[:1], *sorted(range(len(unread))[1:], key=lambda index: unread[index])]:
-        share = budget // 2 if index == 0 and len(unread) > 1 else budget
-        shares[index] = unread[index] if unread[index] <= share else share // BLOCK * BLOCK
-        budget -= shares[index]
-    return shares
 
 
 def simulate(
@@ -119,7 +104,7 @@ def simulate(
       cores. None means that each has hardware of its own.
     - ``overhead``: the seconds that a request and its first token spend outside the engine.
 
-    The queue has no limit and the KV cache has room for all. Raise `InvalidRequest` if there is no replica, if nothing
+    The queue has no limit and the KV cache has room for all. Raise `InvalidRequest` without any replica, if nothing
     can run, or if a request has no token.
     """
     require_positive("replicas", replicas)

@@ -224,7 +224,7 @@ def test_running_requests_share_their_steps(engine: Any, gate: Gate) -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(engine: Any, reference: Any, gate: Gate) -> None:
-    from helpers.scheduler import PREFILL_BUDGET
+    from helpers.prefill import PREFILL_BUDGET
 
     running = engine.submit(prompt_of(10, 1), params(400))
     next(iter(running))
@@ -316,7 +316,7 @@ def test_the_next_turn_reads_only_what_is_new(engine: Any, reference: Any, gate:
     with gate.shut():
         stream = engine.submit(second, params(10))
     assert list(stream) == reference(second, 10)
-    from helpers.kv_cache import BLOCK
+    from helpers.prefill import BLOCK
 
     reused = (len(first) + 19) // BLOCK * BLOCK  # the last token of the answer was never read
     assert stream.cached_tokens == reused
@@ -332,7 +332,7 @@ def test_the_next_turn_is_reused_if_memory_holds_only_one(start: Any, reference:
     with gate.shut():
         stream = engine.submit(second, params(10))
     assert list(stream) == reference(second, 10)
-    from helpers.kv_cache import BLOCK
+    from helpers.prefill import BLOCK
 
     reused = (len(first) + len(answer) - 1) // BLOCK * BLOCK
     assert len(gate.passed[0]) == len(second) - reused
@@ -344,7 +344,7 @@ def test_a_shared_prefix_is_read_once(engine: Any, reference: Any, gate: Gate) -
     with gate.shut():
         streams = [engine.submit(prompt, params(5)) for prompt in prompts]
     assert [list(stream) for stream in streams] == [reference(prompt, 5) for prompt in prompts]
-    from helpers.kv_cache import BLOCK
+    from helpers.prefill import BLOCK
 
     shared = (len(system) + 1) // BLOCK * BLOCK  # the questions begin with the same token too
     assert sum(map(len, gate.passed)) == shared + sum(len(prompt) - shared + 4 for prompt in prompts)

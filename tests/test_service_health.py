@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,8 @@ class Watch:
         except Exception:
             self.seen.append(-1)  # the connection has ended
 
-
-@contextmanager
-def watching(port: int) -> Iterator[Watch]:
-    watch = Watch(port)
-    try:
-        yield watch
-    finally:
-        watch.channel.close()
+    def close(self) -> None:
+        self.channel.close()
 
 
 @pytest.fixture
@@ -68,7 +62,7 @@ def small_service(script: Callable[..., Program], tiny_folder: Path) -> Callable
 def test_a_service_serves_until_its_queue_is_full(small_service: Any) -> None:
     _, port = small_service()
     with ExitStack() as watches:
-        leaving, staying = (watches.enter_context(watching(port)) for _ in range(2))
+        leaving, staying = (watches.enter_context(closing(Watch(port))) for _ in range(2))
         assert leaving.seen == staying.seen == [SERVING]
         while not all(NOT_SERVING in watch.seen for watch in (leaving, staying)):
             helpers.ask(prompt=SLOW, max_tokens=LONG, port=port)  # alone, it fills the queue
@@ -78,7 +72,7 @@ def test_a_service_serves_until_its_queue_is_full(small_service: Any) -> None:
 
 def test_a_service_that_stops_refuses_requests_and_finishes_the_running_answer(small_service: Any) -> None:
     program, port = small_service("--grace=300")
-    with watching(port) as watch:
+    with closing(Watch(port)) as watch:
         answer = helpers.stream(prompt=SLOW, max_tokens=LONG, port=port)
         texts = iter(answer)
         next(texts)

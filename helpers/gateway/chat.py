@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
-from ..answer import Answer
 from ..client import build_request
 from ..errors import InvalidRequest
 from ..fields import ChatFields, PromptFields
@@ -22,7 +20,7 @@ from .fields import MAX_TOKENS, ChoicesRequest, default_max_tokens, served_model
 from .guard import GuardedRoute
 from .logprobs import ChatLogprobs, count_to_ask_for, token_logprobs
 from .records import record_of
-from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
+from .results import FinishReason, Usage, also_streams, complete, new_head, stream_of, usage_of
 from .settings import settings_of
 
 router = APIRouter(route_class=GuardedRoute)
@@ -133,8 +131,9 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     model = await served_model(body.model, settings)
     pieces = settings.backend.generate(body.requests(model.context_length), record_of(request), n=body.choices)
     if body.stream:
-        chunks = _chunks(pieces, body, new_head("chatcmpl", "chat.completion.chunk", body.model))
-        return await sse.stream(request, chunks, keep_alive=settings.keep_alive)
+        head = new_head("chatcmpl", "chat.completion.chunk", body.model)
+        events = stream_of(pieces, body, head, _Choices(with_logprobs=bool(body.logprobs)))
+        return await sse.stream(request, events, keep_alive=settings.keep_alive)
     answers = await unless_client_leaves(request, complete(pieces))
     choices = [
         {
@@ -149,31 +148,26 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     return {**head, "choices": choices, "usage": usage_of(answers, n=body.choices)}
 
 
-async def _chunks(
-    pieces: AsyncGenerator[Piece, None], body: ChatCompletionRequest, head: dict[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a stream."""
-    if body.wants_usage:
-        head["usage"] = None
+class _Choices:
+    """The choices of a stream's events, made of the pieces of its answers."""
 
-    def chunk(choice: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> bytes:
-        one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return sse.event({**head, "choices": [one]})
+    def __init__(self, *, with_logprobs: bool) -> None:
+        self._with_logprobs = with_logprobs
+        self._begun: set[int] = set()
 
-    begun: set[int] = set()
-    answers: dict[int, Answer] = {}
-    async with aclosing(pieces):
-        async for piece in pieces:
-            if piece.choice not in begun:
-                begun.add(piece.choice)
-                yield chunk(piece.choice, {"role": "assistant", "content": ""})
-            if piece.answer is None:
-                logprobs = {"content": token_logprobs(piece.logprobs), "refusal": None} if body.logprobs else None
-                yield chunk(piece.choice, {"content": piece.text}, logprobs=logprobs)
-            else:
-                answers[piece.choice] = piece.answer
-                yield chunk(piece.choice, {}, piece.answer.finish_reason)
-    if body.wants_usage:
-        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)
-        yield sse.event({**head, "choices": [], "usage": usage.model_dump()})
-    yield sse.DONE
+    def __call__(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the choices of a piece. The first piece of an answer has one more, with the role."""
+        if piece.choice not in self._begun:
+            self._begun.add(piece.choice)
+            yield _choice(piece.choice, {"role": "assistant", "content": ""})
+        if piece.answer is None:
+            logprobs = {"content": token_logprobs(piece.logprobs), "refusal": None} if self._with_logprobs else None
+            yield _choice(piece.choice, {"content": piece.text}, logprobs=logprobs)
+        else:
+            yield _choice(piece.choice, {}, piece.answer.finish_reason)
+
+
+def _choice(
+    index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

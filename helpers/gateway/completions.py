@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..answer import Answer
 from ..client import build_request
 from ..errors import InvalidRequest
 from ..fields import ChatFields, PromptFields
@@ -20,7 +17,7 @@ from .fields import MAX_CHOICES, MAX_TOKENS, ChoicesRequest, served_model
 from .guard import GuardedRoute
 from .logprobs import CompletionLogprobs, completion_logprobs
 from .records import record_of
-from .results import FinishReason, Usage, also_streams, complete, new_head, usage_of
+from .results import FinishReason, Usage, also_streams, complete, new_head, stream_of, usage_of
 from .settings import settings_of
 
 DEFAULT_MAX_TOKENS = 16
@@ -117,7 +114,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Any:
     pieces = settings.backend.generate(body.requests(), record_of(request), n=body.choices)
     head = new_head("cmpl", "text_completion", body.model)
     if body.stream:
-        return await sse.stream(request, _chunks(pieces, body, head), keep_alive=settings.keep_alive)
+        events = stream_of(pieces, body, head, lambda piece: [_choice(piece, with_logprobs=body.logprobs is not None)])
+        return await sse.stream(request, events, keep_alive=settings.keep_alive)
     answers = await unless_client_leaves(request, complete(pieces))
     choices = [
         {
@@ -131,23 +129,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Any:
     return {**head, "choices": choices, "usage": usage_of(answers, n=body.choices)}
 
 
-async def _chunks(
-    pieces: AsyncGenerator[Piece, None], body: CompletionRequest, head: dict[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a stream."""
-    if body.wants_usage:
-        head["usage"] = None
-    answers: dict[int, Answer] = {}
-    async with aclosing(pieces):
-        async for piece in pieces:
-            if piece.answer is not None:
-                answers[piece.choice] = piece.answer
-            finish_reason = piece.answer and piece.answer.finish_reason
-            has_logprobs = body.logprobs is not None and piece.answer is None
-            logprobs = completion_logprobs(piece.logprobs) if has_logprobs else None
-            one = {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": finish_reason}
-            yield sse.event({**head, "choices": [one]})
-    if body.wants_usage:
-        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)
-        yield sse.event({**head, "choices": [], "usage": usage.model_dump()})
-    yield sse.DONE
+def _choice(piece: Piece, *, with_logprobs: bool) -> dict[str, Any]:
+    """Return the choice of an event."""
+    has_logprobs = with_logprobs and piece.answer is None
+    return {
+        "index": piece.choice,
+        "text": piece.text,
+        "logprobs": completion_logprobs(piece.logprobs) if has_logprobs else None,
+        "finish_reason": piece.answer and piece.answer.finish_reason,
+    }

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from ..answer import Answer
+from . import sse
 from .backend import Piece
 from .errors import ErrorReply
+from .fields import ChoicesRequest
 
 FinishReason = Literal["stop", "length"]
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -83,6 +85,28 @@ async def complete(pieces: AsyncGenerator[Piece, None]) -> list[Answer]:
             if piece.answer is not None:
                 answers[piece.choice] = piece.answer
     return [answers[choice] for choice in sorted(answers)]
+
+
+async def stream_of(
+    pieces: AsyncGenerator[Piece, None],
+    body: ChoicesRequest,
+    head: dict[str, Any],
+    choices_of: Callable[[Piece], Iterable[dict[str, Any]]],
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a stream: `head` with each of the choices that `choices_of` makes of a piece."""
+    if body.wants_usage:
+        head["usage"] = None
+    answers: dict[int, Answer] = {}
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if piece.answer is not None:
+                answers[piece.choice] = piece.answer
+            for choice in choices_of(piece):
+                yield sse.event({**head, "choices": [choice]})
+    if body.wants_usage:
+        usage = usage_of([answers[choice] for choice in sorted(answers)], n=body.choices)
+        yield sse.event({**head, "choices": [], "usage": usage.model_dump()})
+    yield sse.DONE
 
 
 def new_head(prefix: str, kind: str, model: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def start_gateway(*services: str, port: int = 0, keys: Sequence[str] = ()) -> Ga
     It listens on this machine only. Port 0 takes any free port. `keys` are lines ``KEY`` or ``NAME KEY``, as in a file
     of keys; without them, everyone on this machine may ask.
 
-    Before anything is started, raise `InvalidRequest` for an invalid address or key and if there is no service, and
+    Before anything is started, raise `InvalidRequest` for an invalid address or key or without any service, and
     `ServiceUnavailable` if the port is taken. Raise `ServiceUnavailable` with the end of the log if the gateway ends
     before it is ready.
     """
