@@ -133,6 +133,12 @@ def test_a_lesson_ends_with_recap_questions_exercises_and_further_reading(lesson
 
 
 @each_notebook
+def test_no_text_between_dollar_signs_turns_into_a_formula(notebook: Path) -> None:
+    for cell in cells_of(notebook, "markdown"):
+        assert "$" not in re.sub(r"```.*?```|`[^`]*`", "", cell["text"], flags=re.DOTALL)
+
+
+@each_notebook
 def test_every_picture_has_an_alternative_text(notebook: Path) -> None:
     for cell in cells_of(notebook):
         html = markdown2html(cell["text"]) if cell["cell_type"] == "markdown" else ""
