@@ -39,6 +39,11 @@ class ChatPage:
     def click(self, label: str) -> None:
         self.button(label).click()
 
+    def wait_for_button(self, label: str, *, instead_of: str) -> None:
+        """Wait until one button is on screen and the other is not: the page shows them one after the other."""
+        self.button(label).wait_for()
+        self.button(instead_of).wait_for(state="hidden")
+
     def send(self, question: str) -> None:
         """Type, press Enter, and wait until the kernel has taken the text."""
         self.entry.fill(question)

@@ -140,7 +140,7 @@ def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(notebook: No
     assert len(said) == 10 and questions[1:4] == ["And of Spain?", LONG, "Who are you?"]
     assert [reason == "cancelled" for reason in chat.finish_reasons()] == [question == LONG for question in questions]
     assert chat.python("box.conversation.answer.dropped_turns") > 0
-    assert "did not fit the context window" in chat.root.locator(".helpers-chat-summary").last.inner_text()
+    chat.root.locator(".helpers-chat-summary").last.get_by_text("did not fit the context window").wait_for()
 
     assert [(question, words(text)) for question, text in chat.on_screen()] == [(q, words(text)) for q, text in said]
     copies = chat.root.locator("[data-copy]").evaluate_all("buttons => buttons.map(button => button.dataset.copy)")
@@ -226,13 +226,13 @@ def test_an_answer_can_be_stopped_and_the_next_question_asked(
     chat = show(notebook, scripted.port)
     chat.send("Hello")
     chat.wait_for_words()
-    assert chat.button("Stop").is_visible() and not chat.button("Send").is_visible()
+    chat.wait_for_button("Stop", instead_of="Send")
     if key == "Stop":
         chat.click("Stop")
     else:
         chat.entry.press("Escape")
     chat.wait_for_status("Answer stopped.")
-    assert chat.button("Send").is_visible() and not chat.button("Stop").is_visible()
+    chat.wait_for_button("Send", instead_of="Stop")
     scripted.script = scripted.count_up
     chat.ask("And you?")
     assert chat.finish_reasons() == ["cancelled", "length"]
@@ -286,7 +286,7 @@ def test_an_example_is_asked_by_a_click(notebook: NotebookPage, scripted: Script
     chat.click("And you?")
     chat.wait_for_status("Answer cut off at max_tokens.")
     chat.wait_for_turns(("And you?", "1:0 1:1 1:2"))
-    assert not chat.button("Hello").is_visible()
+    chat.button("Hello").wait_for(state="hidden")
 
 
 def test_the_next_question_is_asked_with_the_settings(notebook: NotebookPage, scripted: ScriptedService) -> None:
@@ -317,7 +317,7 @@ def test_two_boxes_do_not_disturb_each_other(notebook: NotebookPage, scripted: S
     two.wait_for_words()
     one.entry.fill("a draft")
     two.stop_by_escape()
-    assert one.button("Stop").is_visible()
+    one.wait_for_button("Stop", instead_of="Send")
     scripted.resume.set()
     one.wait_for_status("Answer complete.")
     one.wait_for_entry("a draft")
