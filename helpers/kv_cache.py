@@ -39,6 +39,17 @@ class KVCache:
         stored.narrow(2, self.length, n).copy_(new)
         return stored.narrow(2, 0, self.length + n)
 
+    def reserve(self, layer: int, n: int, *, heads: int, size: int) -> Tensor:
+        """Return the memory of a layer, (1, heads, capacity, size), for a model that stores n more tokens itself.
+
+        Raise `IndexError` if they do not fit.
+        """
+        if self.length + n > self.capacity:
+            raise IndexError(f"{self.length} and {n} tokens do not fit into a KV cache for {self.capacity}.")
+        if layer not in self._layers:
+            self._layers[layer] = torch.empty(1, heads, self.capacity, size)
+        return self._layers[layer]
+
     def resize(self, capacity: int) -> None:
         """Change the capacity, layer by layer, so that only one layer is in memory twice at a time."""
         for layer, stored in self._layers.items():

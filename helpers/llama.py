@@ -1,42 +1,32 @@
-"""The Llama family on a CPU, with few operations per token: Llama, SmolLM, Mistral, Qwen 2 and Qwen 3.
+"""The Llama family on a CPU: Llama, SmolLM, Mistral, Qwen 2 and Qwen 3.
 
-`Llama` reads the files that `transformers` reads, and computes the same logits. It does once, while it loads, what
-`transformers` does in every step: q, k and v become one matrix, and so do gate and up. `helpers.linear` multiplies with
-them, in fp32 or in 8 bit.
+`Llama` reads the files that `transformers` reads, and computes the same logits. ONNX Runtime computes them, in graphs
+that are made once, while the model loads: one for all that happens between the attention of a layer and that of the
+next, and one for the attention itself, the only operation that mixes tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy
 import torch
+from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
 
 from .errors import ModelUnavailable
+from .graphs import MICROSOFT, Graph
 from .kv_cache import KVCache
-from .linear import Fp32Linear, Int8Linear
-from .model_files import missing_weights, rope_of
-from .packed import Chunk, forward_packed, last_tokens, positions_of, require_finite
+from .model_files import CONTEXT_LENGTH, head_size_of, missing_weights, rope_of
+from .packed import Chunk, forward_packed, last_tokens, require_finite
 from .prefill import BLOCK
 
-Linear = Fp32Linear | Int8Linear
-
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class _Layer(NamedTuple):
-    input_norm: Tensor
-    qkv: Linear
-    head_norm: Tensor | None
-    """(heads of q and k, head size), or None. Qwen 3 has it."""
-    output: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
 
 
 class Llama:
@@ -46,8 +36,8 @@ class Llama:
     - `files`: the safetensors files with the weights. The embeddings stay there until they are needed.
     - `precision`: ``fp32`` or ``int8``.
 
-    Only two layers at a time are in memory twice. Raise `ModelUnavailable` if a tensor is missing or has another shape
-    than `config` says.
+    Only two layers at a time are in memory more than once. Raise `ModelUnavailable` if a tensor is missing, has another
+    shape than `config` says, or contains NaN or infinity.
     """
 
     def __init__(self, config: Mapping[str, Any], files: Sequence[str], precision: str) -> None:
@@ -55,9 +45,10 @@ class Llama:
         self.num_embeddings: int = config["vocab_size"]
         self._heads: int = config["num_attention_heads"]
         self._kv_heads: int = config.get("num_key_value_heads") or self._heads
-        self._head_size: int = config.get("head_dim") or config["hidden_size"] // self._heads
-        self._epsilon = torch.tensor(config.get("rms_norm_eps", 1e-6))
-        self._frequencies, self._magnitude = _rotary_frequencies(config, self._head_size)
+        self._head_size = head_size_of(config)
+        self._hidden: int = config["hidden_size"]
+        self._epsilon: float = config.get("rms_norm_eps", 1e-6)
+        self._attention = _Attention(config, self._heads, self._kv_heads, self._head_size)
         weights = _Weights(files)
         embeddings, head = EMBEDDINGS, HEAD
         if config.get("tie_word_embeddings") and HEAD not in weights:
@@ -65,11 +56,12 @@ class Llama:
         elif config.get("tie_word_embeddings") and EMBEDDINGS not in weights:
             embeddings = HEAD
         weights.require(self._tensor_shapes(config, embeddings, head))
-        self._embeddings, self._norm = weights[embeddings], weights["model.norm.weight"].float()
-        with ThreadPoolExecutor(2, "pack-weights") as pool:  # FBGEMM packs a matrix with one thread
-            loading_head = pool.submit(self._load_head, weights[head])
-            self._layers = list(pool.map(lambda n: self._load_layer(weights, n), range(config["num_hidden_layers"])))
-            self._head = loading_head.result()
+        self._embeddings = weights[embeddings]
+        layers = config["num_hidden_layers"]
+        with ThreadPoolExecutor(2, "make-graphs") as pool:
+            making_head = pool.submit(self._make_head, weights, head)
+            self._between = list(pool.map(lambda n: self._make_between(weights, n, layers), range(layers + 1)))
+            self._head = making_head.result()
 
     def _tensor_shapes(self, config: Mapping[str, Any], embeddings: str, head: str) -> dict[str, tuple[int, ...]]:
         """Return the tensors that the model must have, and their shapes."""
@@ -99,54 +91,62 @@ class Llama:
             shapes |= {f"model.layers.{n}.{name}": shape for name, shape in in_layer.items()}
         return shapes
 
-    def _load_head(self, weight: Tensor) -> Linear:
-        return Int8Linear(weight, digits=2) if self.precision == "int8" else Fp32Linear(weight, prepack=True)
+    def _make_head(self, weights: _Weights, name: str) -> Any:
+        """Return the graph from hidden states to logits."""
+        graph = Graph(self.precision)
+        rows = graph.norm(graph.input("hidden", "tokens", self._hidden), weights["model.norm.weight"], self._epsilon)
+        return graph.session(graph.linear(rows, weights[name]))
 
-    def _load_layer(self, weights: _Weights, n: int) -> _Layer:
-        prefix = f"model.layers.{n}."
-        attention = f"{prefix}self_attn."
+    def _make_between(self, weights: _Weights, n: int, layers: int) -> Any:
+        """Return the graph from the attention of layer n - 1, if any, to that of layer n, if any.
 
-        def merged(*names: str) -> tuple[Tensor, Tensor | None]:
-            """Return the weights and the biases of several layers as one layer's."""
-            weight = torch.cat([weights[f"{name}.weight"] for name in names])
-            biases = [bias for name in names if (bias := weights.get(f"{name}.bias")) is not None]
-            return weight, torch.cat(biases) if biases else None
-
-        def linear(weight: Tensor, bias: Tensor | None, digits: int = 1) -> Linear:
-            return Int8Linear(weight, bias, digits=digits) if self.precision == "int8" else Fp32Linear(weight, bias)
-
-        pairs = self._pairs_side_by_side
-        weight, bias = merged(*(f"{attention}{name}_proj" for name in "qkv"))
-        head_norm = None
-        if (q_norm := weights.get(f"{attention}q_norm.weight")) is not None:
-            k_norm = weights[f"{attention}k_norm.weight"]
-            head_norm = pairs(torch.cat([q_norm.repeat(self._heads), k_norm.repeat(self._kv_heads)]))
-            head_norm = head_norm.view(-1, self._head_size).float()
-        return _Layer(
-            input_norm=weights[f"{prefix}input_layernorm.weight"].float(),
-            qkv=linear(pairs(weight), None if bias is None else pairs(bias), digits=2),
-            head_norm=head_norm,
-            output=linear(*merged(f"{attention}o_proj")),
-            mlp_norm=weights[f"{prefix}post_attention_layernorm.weight"].float(),
-            gate_up=linear(*merged(f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")),
-            down=linear(*merged(f"{prefix}mlp.down_proj")),
-        )
-
-    def _pairs_side_by_side(self, rows: Tensor) -> Tensor:
-        """Return the rows of q and k, and then those of v if there are any, with q and k in another order.
-
-        The rotary embedding rotates pairs of rows. `transformers` has their first halves before their second halves.
-        Here the two rows of a pair are neighbours, so that a pair is a complex number.
+        Its inputs are the hidden states and what the tokens have attended to. It returns the hidden states, and what
+        the attention of layer n reads: q, k and v of all heads, (tokens, (heads + 2 * KV heads) * head size).
         """
-        n = (self._heads + self._kv_heads) * self._head_size
-        ordered = rows[:n].unflatten(0, (-1, 2, self._head_size // 2)).transpose(1, 2).flatten(0, 2)
-        return torch.cat([ordered, rows[n:]])
+        graph = Graph(self.precision)
+        hidden = graph.input("hidden", "tokens", self._hidden)
+        prefix = f"model.layers.{n}"
+        if n == 0:
+            rows = graph.norm(hidden, weights[f"{prefix}.input_layernorm.weight"], self._epsilon)
+        else:
+            hidden, change = self._add_mlp(graph, weights, f"model.layers.{n - 1}", hidden)
+            if n == layers:
+                return graph.session(graph.node("Add", hidden, change))
+            norm = weights[f"{prefix}.input_layernorm.weight"]
+            hidden, rows = graph.sum_and_norm(hidden, change, norm, self._epsilon)
+        qkv = graph.linear(rows, *weights.of_linear(*(f"{prefix}.self_attn.{name}_proj" for name in "qkv")))
+        if (q_norm := weights.get(f"{prefix}.self_attn.q_norm.weight")) is not None:
+            qkv = self._add_head_norms(graph, qkv, q_norm, weights[f"{prefix}.self_attn.k_norm.weight"])
+        return graph.session(qkv) if n == 0 else graph.session(hidden, qkv)
+
+    def _add_mlp(self, graph: Graph, weights: _Weights, prefix: str, hidden: str) -> tuple[str, str]:
+        """Add what a layer does after its attention. Return the hidden states, and what the MLP adds to them."""
+        attended = graph.input("attended", "tokens", self._heads * self._head_size)
+        output = graph.linear(attended, *weights.of_linear(f"{prefix}.self_attn.o_proj"))
+        norm = weights[f"{prefix}.post_attention_layernorm.weight"]
+        hidden, rows = graph.sum_and_norm(hidden, output, norm, self._epsilon)
+        gate, up = (graph.linear(rows, *weights.of_linear(f"{prefix}.mlp.{name}_proj")) for name in ("gate", "up"))
+        gate = graph.node("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # with this alpha, it is SiLU
+        return hidden, graph.linear(graph.node("Mul", gate, up), *weights.of_linear(f"{prefix}.mlp.down_proj"))
+
+    def _add_head_norms(self, graph: Graph, qkv: str, q_norm: Tensor, k_norm: Tensor) -> str:
+        """Return q, k and v with a norm for each head of q and k. Qwen 3 has them."""
+        sizes = [heads * self._head_size for heads in (self._heads, self._kv_heads, self._kv_heads)]
+        parts = ["q", "k", "v"]
+        graph.node("Split", qkv, graph.integers(*sizes), outputs=parts, axis=-1)
+        for index, weight in enumerate((q_norm, k_norm)):
+            heads = graph.node("Reshape", parts[index], graph.integers(0, -1, self._head_size))
+            heads = graph.norm(heads, weight, self._epsilon)
+            parts[index] = graph.node("Reshape", heads, graph.integers(0, sizes[index]))
+        return graph.node("Concat", *parts, axis=-1)
 
     def prepare(self) -> KVCache:
         """Read a prompt, and return its KV cache.
 
-        Raise `ModelUnavailable` if that fails, or if the logits are NaN or infinite.
+        From now on, torch computes with one thread: its second one would take the core of ONNX Runtime's second one.
+        Raise `ModelUnavailable` if reading fails, or if the logits are NaN or infinite.
         """
+        torch.set_num_threads(1)
         cache = KVCache(4)
         try:
             logits, _ = forward_packed(self, [(cache, [3, 1, 4, 1])])
@@ -164,84 +164,108 @@ class Llama:
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Return the logits for hidden states, (tokens, hidden size)."""
-        return self._head(self._normalised(hidden, self._norm))
+        return torch.from_numpy(self._head.run(None, {"hidden": hidden.numpy()})[0])
 
     def hidden_states(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return what the layers make of all tokens, (tokens, hidden size)."""
-        angles = torch.outer(positions_of(chunks).float(), self._frequencies)
-        rotation = torch.polar(torch.full_like(angles, self._magnitude), angles)[:, None]
-        hidden = self._embeddings[ids].float()
-        blocks = [_blocks(chunk, self._heads // self._kv_heads) for chunk in chunks]
-        for n, layer in enumerate(self._layers):
-            heads = layer.qkv(self._normalised(hidden, layer.input_norm)).view(1, len(ids), -1, self._head_size)
-            q_and_k = heads.narrow(2, 0, self._heads + self._kv_heads)
-            if layer.head_norm is not None:
-                q_and_k.copy_(self._normalised(q_and_k, layer.head_norm))
-            torch.view_as_complex(q_and_k.view(*q_and_k.shape[:3], -1, 2)).mul_(rotation)
-            layer.output.add_to(hidden, self._attention(n, heads.transpose(1, 2), chunks, blocks))
-            gate, up = layer.gate_up(self._normalised(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-            layer.down.add_to(hidden, _silu(gate).mul_(up))
-        return hidden
+        hidden = self._embeddings[ids].float().numpy()
+        first, *others = self._between
+        (qkv,) = first.run(None, {"hidden": hidden})
+        for n, graph in enumerate(others):
+            attended = self._attention(n, qkv, chunks)
+            hidden, *rest = graph.run(None, {"hidden": hidden, "attended": attended})
+            if rest:
+                (qkv,) = rest
+        return torch.from_numpy(hidden)
 
-    def _normalised(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Return the root mean square norm of `rows`, times `weight`."""
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        inverse = torch.addcmul(self._epsilon, length, length, value=1 / rows.shape[-1]).rsqrt_()
-        return (rows * inverse).mul_(weight)
 
-    def _attention(self, layer: int, heads: Tensor, chunks: list[Chunk], blocks: list[list[_Block]]) -> Tensor:
-        """Append k and v to the KV caches, and return what the tokens attend to, (tokens, heads * head size).
+class _Attention:
+    """The attention of all layers: it rotates q and k, appends k and v to a KV cache, and attends."""
 
-        `heads`: q, k and v of all tokens, (1, heads of q, k and v, tokens, head size). Several heads of q share one of
-        k and v: they attend as if they were several tokens of one head.
+    def __init__(self, config: Mapping[str, Any], heads: int, kv_heads: int, size: int) -> None:
+        self._kv_heads, self._size = kv_heads, size
+        self.width, self.read_width = heads * size, (heads + 2 * kv_heads) * size
+        self._calls: WeakKeyDictionary[KVCache, dict[int, _Call]] = WeakKeyDictionary()
+        graph = Graph()
+        frequencies, magnitude = _rotary_frequencies(config, size)
+        angles = torch.outer(torch.arange(config[CONTEXT_LENGTH]).float(), frequencies)
+        inputs = [
+            graph.input("qkv", 1, "tokens", self.read_width),
+            *("", ""),  # qkv holds all three
+            *(graph.input(name, 1, kv_heads, "capacity", size) for name in ("keys", "values")),
+            graph.input("last", 1, type=TensorProto.INT32),
+            graph.input("length", type=TensorProto.INT32),
+            *(graph.constant(part * magnitude) for part in (angles.cos(), angles.sin())),
+        ]
+        outputs = ["attended", "new_keys", "new_values"]
+        counts = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
+        graph.node("GroupQueryAttention", *inputs, outputs=outputs, domain=MICROSOFT, **counts)
+        self.session = graph.session(*outputs)
+
+    def __call__(self, layer: int, qkv: Any, chunks: Sequence[Chunk]) -> Any:
+        """Return what all tokens attend to, (tokens, heads * head size), as an array.
+
+        `qkv`: q, k and v of all tokens, (tokens, (heads + 2 * KV heads) * head size), an array.
         """
-        queries, keys_and_values = heads.split([self._heads, 2 * self._kv_heads], dim=1)
-        new = iter(keys_and_values.split([chunk.n for chunk in chunks], dim=2))
-        query = iter(queries.split([block.n for blocks_of_chunk in blocks for block in blocks_of_chunk], dim=2))
-        outputs = []
-        for chunk, blocks_of_chunk in zip(chunks, blocks, strict=True):
-            stored = chunk.cache.append(layer, next(new))
-            for block in blocks_of_chunk:
-                visible = stored if block is blocks_of_chunk[-1] else stored.narrow(2, 0, block.end)
-                keys, values = visible.chunk(2, dim=1)
-                q = next(query).reshape(1, self._kv_heads, -1, self._head_size)
-                attended = scaled_dot_product_attention(q, keys, values, block.mask)
-                if block.n > 1:
-                    attended = attended.view(1, self._heads, block.n, -1).transpose(1, 2)
-                outputs.append(attended.reshape(block.n, -1))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        attended: Any = numpy.empty((len(qkv), self.width), numpy.float32)
+        row = 0
+        for chunk in chunks:
+            stored = chunk.cache.reserve(layer, chunk.n, heads=2 * self._kv_heads, size=self._size)
+            for positions in _blocks(chunk.positions):
+                rows = slice(row, row := row + len(positions))
+                call = self._call_for(chunk.cache, layer, stored, len(positions))
+                call.run(self.session, qkv[rows], attended[rows], end=positions.stop)
+        return attended
+
+    def _call_for(self, cache: KVCache, layer: int, stored: Tensor, n: int) -> _Call:
+        """Return the call for n tokens. Calls for one token are kept: making one takes longer than running it."""
+        if n > 1:
+            return _Call(self, stored, n)
+        calls = self._calls.setdefault(cache, {})
+        if layer not in calls or not calls[layer].is_for(stored):
+            calls[layer] = _Call(self, stored, n)
+        return calls[layer]
 
 
-def _silu(rows: Tensor) -> Tensor:
-    """Apply SiLU to `rows`, in place, in parts that torch computes in one thread.
+class _Call:
+    """A call of the attention for n tokens of a sequence, with memory of its own for what it reads and returns.
 
-    A part for each thread would end within a row, and torch rounds the ends differently, so that a row's result would
-    depend on the others.
+    It reads and writes `stored`, the keys and values of a layer of a KV cache, (1, 2 * KV heads, capacity, head size),
+    in place.
     """
-    for part in rows.split(max(1, 32_767 // rows.shape[-1])):
-        silu(part, inplace=True)
-    return rows
+
+    def __init__(self, attention: _Attention, stored: Tensor, n: int) -> None:
+        _, heads, capacity, size = stored.shape
+        self._stored = stored.data_ptr(), capacity  # not the tensor, which would keep its memory
+        self._qkv: Any = numpy.empty((1, n, attention.read_width), numpy.float32)
+        self._attended: Any = numpy.empty((1, n, attention.width), numpy.float32)
+        self._last: Any = numpy.empty(1, numpy.int32)
+        self._length: Any = numpy.empty((), numpy.int32)
+        self._binding = attention.session.io_binding()
+        for name, array in (("qkv", self._qkv), ("last", self._last), ("length", self._length)):
+            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._binding.bind_output("attended", "cpu", 0, numpy.float32, self._attended.shape, self._attended.ctypes.data)
+        for index, name in enumerate(("keys", "values")):
+            half = (1, heads // 2, capacity, size), stored.data_ptr() + index * stored.nbytes // 2
+            self._binding.bind_input(name, "cpu", 0, numpy.float32, *half)
+            self._binding.bind_output(f"new_{name}", "cpu", 0, numpy.float32, *half)
+
+    def is_for(self, stored: Tensor) -> bool:
+        return self._stored == (stored.data_ptr(), stored.shape[2])
+
+    def run(self, session: Any, qkv: Any, attended: Any, *, end: int) -> None:
+        """Attend with the rows `qkv` to the first `end` tokens, of which they are the last. Write into `attended`."""
+        self._qkv[0] = qkv
+        self._length[...] = end
+        self._last[0] = end - 1
+        session.run_with_iobinding(self._binding)
+        attended[...] = self._attended[0]
 
 
-class _Block(NamedTuple):
-    """The n tokens of a chunk that attend together, to the first `end` tokens of their sequence."""
-
-    n: int
-    end: int
-    mask: Tensor | None
-    """0 for what a token attends to and -inf for the rest, (group * n, end): all tokens for each head of a group."""
-
-
-def _blocks(chunk: Chunk, group: int) -> list[_Block]:
+def _blocks(positions: range) -> list[range]:
     """Divide a chunk at multiples of `BLOCK`, so that its tokens attend in the same blocks whatever the chunk is."""
-    blocks, begin, end = [], chunk.positions.start, chunk.positions.stop
-    while begin < end:
-        stop = min(end, (begin // BLOCK + 1) * BLOCK)
-        n = stop - begin
-        mask = None if n == 1 else torch.full((n, stop), float("-inf")).triu_(begin + 1).repeat(group, 1)
-        blocks.append(_Block(n, stop, mask))
-        begin = stop
-    return blocks
+    begins = [positions.start, *range((positions.start // BLOCK + 1) * BLOCK, positions.stop, BLOCK)]
+    return [range(*ends) for ends in itertools.pairwise([*begins, positions.stop])]
 
 
 def _rotary_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[Tensor, float]:
@@ -277,9 +301,18 @@ class _Weights:
                     "Download the model again."
                 )
 
+    def of_linear(self, *names: str) -> tuple[Tensor, Tensor | None]:
+        """Return the weights and the biases, if any, of several layers as if they were one."""
+        biases = [bias for name in names if (bias := self.get(f"{name}.bias")) is not None]
+        return torch.cat([self[f"{name}.weight"] for name in names]), torch.cat(biases) if biases else None
+
     def get(self, name: str) -> Tensor | None:
         """Return a tensor, or None if there is none of that name."""
         return self[name] if name in self else None  # noqa: SIM401
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
+        """Return a tensor. Raise `ModelUnavailable` if it holds NaN or infinity, which 8 bit would hide."""
+        tensor = self._file_of[name].get_tensor(name)
+        if not tensor.isfinite().all():
+            raise ModelUnavailable(f"The model's tensor {name} contains NaN or infinity. Download the model again.")
+        return tensor

@@ -197,18 +197,9 @@ def _llama_files(choice: Choice, source: str, config: dict[str, Any]) -> list[st
 
 
 def _load_llama(config: Any, files: list[str], precision: str) -> PackedModel:
-    """Load the weights with one thread of torch. If a second thread than the engine's ran torch in parallel, OpenMP
-    would count more threads than cores and let its workers sleep, and every step would take twice as long."""
-    import torch
-
     from .llama import Llama
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return Llama(config, files, precision)
-    finally:
-        torch.set_num_threads(threads)
+    return Llama(config, files, precision)
 
 
 def _load_transformers(choice: Choice, source: str) -> tuple[PackedModel, str, int, int | list[int] | None]:

@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import ModelUnavailable
 from .kv_cache import KVCache
-from .linear import Fp32Linear
 from .packed import Chunk, forward_packed, last_tokens, positions_of, require_finite
 
 
@@ -139,18 +138,25 @@ for _name, _attention in {"sdpa": _sdpa, "eager": _eager}.items():
 
 
 class _Head(torch.nn.Module):
-    """`Fp32Linear` as a module. If the embedding shares the matrix, it is in memory twice."""
+    """`head` with its weights rearranged for oneDNN. If the embedding shares the matrix, it is in memory twice."""
 
     def __init__(self, head: torch.nn.Linear) -> None:
         super().__init__()
-        self._linear = Fp32Linear(head.weight, head.bias, prepack=True)
+        # torch has no public operations for this, so these are those that its compiler calls
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach(), 8)
+        self._bias = None if head.bias is None else head.bias.detach()
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self._linear(rows)
+        return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
 
 
 def _pack_head(model: Any) -> None:
     """Let oneDNN compute the logits in fp32 on a CPU. It needs half of MKL's time for up to 16 sequences."""
     head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and (head.weight.device.type, head.weight.dtype) == ("cpu", torch.float32):
+    is_possible = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if (
+        is_possible
+        and type(head) is torch.nn.Linear
+        and (head.weight.device.type, head.weight.dtype) == ("cpu", torch.float32)
+    ):
         model.set_output_embeddings(_Head(head))

@@ -129,12 +129,8 @@ def raise_file_limit(files: int = 4096) -> None:
 
 
 def raise_no_warnings() -> None:
-    """Let no warning be an exception in this process: with PYTHONWARNINGS=error, Jina does not start.
-
-    Also hide torch's warning that quantised tensors, which `helpers.linear` uses, are deprecated.
-    """
+    """Let no warning be an exception in this process: with PYTHONWARNINGS=error, Jina does not start."""
     warnings.filters[:] = [one for one in warnings.filters if one[0] != "error"]  # type: ignore[index]
-    warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
 
 
 def _holder_and_fix(port: int) -> str:

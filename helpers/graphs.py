@@ -1,0 +1,144 @@
+"""Graphs that ONNX Runtime computes on a CPU, in fp32 or with matrices in 8 bit.
+
+A graph that `Graph` builds treats each row of its inputs alone: a row of the result does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+BLOCK_SIZE = 64
+"""How many neighbours share a scale in 8 bit, in a row of a matrix and in the activations that it is multiplied by."""
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators: github.com/microsoft/onnxruntime, docs/ContribOperators.md."""
+
+_ROWS_AT_ONCE = 256
+
+
+class Graph:
+    """A graph under construction. Its values have names: a method takes those of its inputs, and returns its result's.
+
+    `precision` is that of the matrices, ``fp32`` or ``int8``. Everything else is in fp32.
+    """
+
+    def __init__(self, precision: str = "fp32") -> None:
+        self._is_int8 = precision == "int8"
+        self._inputs: list[Any] = []
+        self._nodes: list[Any] = []
+        self._constants: dict[str, numpy.ndarray] = {}
+        self._integers: list[Any] = []
+        self._names = (f"value{n}" for n in itertools.count())
+
+    def input(self, name: str, *shape: int | str, type: int = TensorProto.FLOAT) -> str:
+        """Declare an input. A size that is not known yet has a name."""
+        self._inputs.append(helper.make_tensor_value_info(name, type, shape))
+        return name
+
+    def constant(self, values: Tensor) -> str:
+        name = next(self._names)
+        self._constants[name] = values.contiguous().numpy()
+        return name
+
+    def integers(self, *values: int) -> str:
+        """Add a small constant that decides on shapes."""
+        name = next(self._names)
+        self._integers.append(helper.make_tensor(name, TensorProto.INT64, (len(values),), values))
+        return name
+
+    def node(
+        self, operator: str, *inputs: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
+    ) -> str:
+        """Add an operator of ONNX, or of `domain`. Return the name of its first output."""
+        outputs = outputs or [next(self._names)]
+        self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
+        return outputs[0]
+
+    def linear(self, rows: str, weight: Tensor, bias: Tensor | None = None) -> str:
+        """Multiply by `weight`, (outputs, inputs), and add `bias`, (outputs,)."""
+        added = [] if bias is None else [self.constant(bias.float())]
+        if not self._is_int8:
+            product = self.node("MatMul", rows, self.constant(weight.float().t()))
+            return self.node("Add", product, *added) if added else product
+        steps, sizes = quantised(weight)
+        return self.node(
+            "MatMulNBits",
+            *(rows, self.constant(steps), self.constant(sizes)),
+            *(["", "", *added] if added else []),  # neither zero points nor another order of the inputs
+            domain=MICROSOFT,
+            K=weight.shape[1],
+            N=weight.shape[0],
+            bits=8,
+            block_size=BLOCK_SIZE,
+            accuracy_level=4,  # rounds the activations to 8 bits too
+        )
+
+    def norm(self, rows: str, weight: Tensor, epsilon: float) -> str:
+        """Return the root mean square norm of `rows`, times `weight`."""
+        return self.node("SimplifiedLayerNormalization", rows, self.constant(weight.float()), axis=-1, epsilon=epsilon)
+
+    def sum_and_norm(self, rows: str, change: str, weight: Tensor, epsilon: float) -> tuple[str, str]:
+        """Return the sum of `rows` and `change`, and its norm as `norm` returns it."""
+        outputs = [next(self._names), "", "", next(self._names)]
+        inputs = rows, change, self.constant(weight.float())
+        self.node("SkipSimplifiedLayerNormalization", *inputs, outputs=outputs, domain=MICROSOFT, epsilon=epsilon)
+        return outputs[3], outputs[0]
+
+    def session(self, *outputs: str) -> onnxruntime.InferenceSession:
+        """Return the graph, ready to compute `outputs`."""
+        described = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        constants = [_described(name, array) for name, array in self._constants.items()]
+        graph = helper.make_graph(self._nodes, "graph", self._inputs, described, [*constants, *self._integers])
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 4  # an error is raised, not logged too
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_external_initializers(
+            list(self._constants),
+            [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()],
+        )
+        _prepare_runtime()
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def _prepare_runtime() -> None:
+    """Let all sessions of this process share their threads, as many as torch would use, and their scratch memory."""
+    onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(memory, None)
+
+
+def _described(name: str, array: numpy.ndarray) -> Any:
+    """Return what a graph knows of a constant whose values the session gets by themselves."""
+    described = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+    described.data_location = TensorProto.EXTERNAL
+    described.external_data.add(key="location", value="memory")
+    return described
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight, (outputs, inputs), in 8 bit, and the scales of its blocks, (outputs, blocks), in fp32.
+
+    The first is in uint8, (outputs, blocks, BLOCK_SIZE): 128 stands for 0. Only a part of it is in fp32 at a time.
+    """
+    steps, sizes = [], []
+    for rows in weight.split(_ROWS_AT_ONCE):
+        blocks = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % BLOCK_SIZE)).unflatten(1, (-1, BLOCK_SIZE))
+        size = blocks.abs().amax(dim=-1).div_(127)
+        steps.append(blocks.div(size[..., None].clamp_min(1e-30)).round_().add_(128).to(torch.uint8))
+        sizes.append(size)
+    return torch.cat(steps), torch.cat(sizes)
