@@ -5,16 +5,19 @@ A graph that `Graph` builds treats each row of its inputs alone: a row of the re
 
 from __future__ import annotations
 
-import functools
-import itertools
+import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy
-import onnxruntime
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is imported
+
+import onnxruntime
 
 BLOCK_SIZE = 64
 """How many neighbours share a scale in 8 bit, in a row of a matrix and in the activations that it is multiplied by."""
@@ -26,9 +29,9 @@ _ROWS_AT_ONCE = 256
 
 
 class Graph:
-    """A graph under construction. Its values have names: a method takes those of its inputs, and returns its result's.
+    """A graph under construction. Its values have names: a method takes the names of its inputs, and returns a new one.
 
-    `precision` is that of the matrices, ``fp32`` or ``int8``. Everything else is in fp32.
+    `precision`: of the matrices, ``fp32`` or ``int8``. Everything else is in fp32.
     """
 
     def __init__(self, precision: str = "fp32") -> None:
@@ -37,7 +40,7 @@ class Graph:
         self._nodes: list[Any] = []
         self._constants: dict[str, numpy.ndarray] = {}
         self._integers: list[Any] = []
-        self._names = (f"value{n}" for n in itertools.count())
+        self._count = 0
 
     def input(self, name: str, *shape: int | str, type: int = TensorProto.FLOAT) -> str:
         """Declare an input. A size that is not known yet has a name."""
@@ -45,13 +48,14 @@ class Graph:
         return name
 
     def constant(self, values: Tensor) -> str:
-        name = next(self._names)
+        """Add a tensor, in fp32 or uint8."""
+        name = self._new_name()
         self._constants[name] = values.contiguous().numpy()
         return name
 
     def integers(self, *values: int) -> str:
         """Add a small constant that decides on shapes."""
-        name = next(self._names)
+        name = self._new_name()
         self._integers.append(helper.make_tensor(name, TensorProto.INT64, (len(values),), values))
         return name
 
@@ -59,7 +63,7 @@ class Graph:
         self, operator: str, *inputs: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
     ) -> str:
         """Add an operator of ONNX, or of `domain`. Return the name of its first output."""
-        outputs = outputs or [next(self._names)]
+        outputs = outputs or [self._new_name()]
         self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
@@ -88,7 +92,7 @@ class Graph:
 
     def sum_and_norm(self, rows: str, change: str, weight: Tensor, epsilon: float) -> tuple[str, str]:
         """Return the sum of `rows` and `change`, and its norm as `norm` returns it."""
-        outputs = [next(self._names), "", "", next(self._names)]
+        outputs = [self._new_name(), "", "", self._new_name()]
         inputs = rows, change, self.constant(weight.float())
         self.node("SkipSimplifiedLayerNormalization", *inputs, outputs=outputs, domain=MICROSOFT, epsilon=epsilon)
         return outputs[3], outputs[0]
@@ -103,27 +107,30 @@ class Graph:
         options.use_per_session_threads = False
         options.log_severity_level = 4  # an error is raised, not logged too
         options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_external_initializers(
-            list(self._constants),
-            [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()],
-        )
-        _prepare_runtime()
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()]
+        options.add_external_initializers(list(self._constants), values)  # it copies or rearranges them
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
+    def _new_name(self) -> str:
+        self._count += 1
+        return f"value{self._count}"
 
-@functools.cache
-def _prepare_runtime() -> None:
-    """Let all sessions of this process share their threads, as many as torch would use, and their scratch memory."""
-    onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
-    memory = onnxruntime.OrtMemoryInfo(
-        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-    )
+
+def _share_threads_and_memory() -> None:
+    """Let all sessions of this process share their threads, as many as torch has now, and their scratch memory."""
+    with contextlib.suppress(onnxruntime.capi.onnxruntime_pybind11_state.Fail):  # another library has done it
+        onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
     onnxruntime.create_and_register_allocator(memory, None)
 
 
+_share_threads_and_memory()  # here, and so only once
+
+
 def _described(name: str, array: numpy.ndarray) -> Any:
-    """Return what a graph knows of a constant whose values the session gets by themselves."""
+    """Return the name, type and shape of a constant. The session gets its values separately."""
     described = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
     described.data_location = TensorProto.EXTERNAL
     described.external_data.add(key="location", value="memory")
@@ -133,7 +140,7 @@ def _described(name: str, array: numpy.ndarray) -> Any:
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight, (outputs, inputs), in 8 bit, and the scales of its blocks, (outputs, blocks), in fp32.
 
-    The first is in uint8, (outputs, blocks, BLOCK_SIZE): 128 stands for 0. Only a part of it is in fp32 at a time.
+    The weight is in uint8, (outputs, blocks, BLOCK_SIZE): 128 stands for 0. Only a part of it is in fp32 at a time.
     """
     steps, sizes = [], []
     for rows in weight.split(_ROWS_AT_ONCE):

@@ -42,7 +42,7 @@ class Machine:
 
     - ``gpu_note``: a clause that says why `gpu` is None.
     - ``quantises``: bitsandbytes is installed. nf4 needs it, and so does int8, except for the Llama family on a CPU.
-    - ``fast_int8``: the CPU is an x86, for which torch multiplies in 8 bit faster than in 32.
+    - ``fast_int8``: the CPU is an x86, on which int8 was measured: it is faster there than fp32.
     """
 
     python: str

@@ -40,14 +40,15 @@ class KVCache:
         return stored.narrow(2, 0, self.length + n)
 
     def reserve(self, layer: int, n: int, *, heads: int, size: int) -> Tensor:
-        """Return the memory of a layer, (1, heads, capacity, size), for a model that stores n more tokens itself.
+        """Return a layer's memory, (1, heads, capacity, size) in fp32, for a model that stores n more tokens itself.
 
         Raise `IndexError` if they do not fit.
         """
         if self.length + n > self.capacity:
             raise IndexError(f"{self.length} and {n} tokens do not fit into a KV cache for {self.capacity}.")
         if layer not in self._layers:
-            self._layers[layer] = torch.empty(1, heads, self.capacity, size)
+            shape = 1, heads, self.capacity, size
+            self._layers[layer] = torch.empty(shape, dtype=torch.float32, device="cpu")
         return self._layers[layer]
 
     def resize(self, capacity: int) -> None:

@@ -8,6 +8,8 @@ next, and one for the attention itself, the only operation that mixes tokens.
 from __future__ import annotations
 
 import itertools
+import math
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +35,7 @@ class Llama:
     """A model of the Llama family, as `helpers.packed.PackedModel`.
 
     - `config`: the content of config.json. `helpers.model_files.is_llama_family` must accept it.
-    - `files`: the safetensors files with the weights. The embeddings stay there until they are needed.
+    - `files`: the safetensors files with the weights. The embeddings stay there.
     - `precision`: ``fp32`` or ``int8``.
 
     Only two layers at a time are in memory more than once. Raise `ModelUnavailable` if a tensor is missing, has another
@@ -143,10 +145,10 @@ class Llama:
     def prepare(self) -> KVCache:
         """Read a prompt, and return its KV cache.
 
-        From now on, torch computes with one thread: its second one would take the core of ONNX Runtime's second one.
-        Raise `ModelUnavailable` if reading fails, or if the logits are NaN or infinite.
+        From now on, torch uses one thread here: a second one would take a core from ONNX Runtime. Raise
+        `ModelUnavailable` if reading fails, or if the logits are NaN or infinite.
         """
-        torch.set_num_threads(1)
+        _use_one_thread()
         cache = KVCache(4)
         try:
             logits, _ = forward_packed(self, [(cache, [3, 1, 4, 1])])
@@ -163,8 +165,9 @@ class Llama:
         return self.logits_of(self.hidden_states(ids, chunks)[last_tokens(chunks)])
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """Return the logits for hidden states, (tokens, hidden size)."""
-        return torch.from_numpy(self._head.run(None, {"hidden": hidden.numpy()})[0])
+        """Return the logits for hidden states, (tokens, hidden size). They are NaN if a hidden state is not finite."""
+        logits = torch.from_numpy(self._head.run(None, {"hidden": hidden.numpy()})[0])
+        return logits.masked_fill_(~hidden.isfinite().all(dim=-1, keepdim=True), math.nan)  # 8 bit would hide it
 
     def hidden_states(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return what the layers make of all tokens, (tokens, hidden size)."""
@@ -184,13 +187,13 @@ class _Attention:
 
     def __init__(self, config: Mapping[str, Any], heads: int, kv_heads: int, size: int) -> None:
         self._kv_heads, self._size = kv_heads, size
-        self.width, self.read_width = heads * size, (heads + 2 * kv_heads) * size
-        self._calls: WeakKeyDictionary[KVCache, dict[int, _Call]] = WeakKeyDictionary()
+        self._width, self._qkv_width = heads * size, (heads + 2 * kv_heads) * size
+        self._one_token_of: WeakKeyDictionary[KVCache, _OneToken] = WeakKeyDictionary()
         graph = Graph()
         frequencies, magnitude = _rotary_frequencies(config, size)
-        angles = torch.outer(torch.arange(config[CONTEXT_LENGTH]).float(), frequencies)
+        angles = torch.outer(torch.arange(config[CONTEXT_LENGTH], dtype=torch.float32), frequencies)
         inputs = [
-            graph.input("qkv", 1, "tokens", self.read_width),
+            graph.input("qkv", 1, "tokens", self._qkv_width),
             *("", ""),  # qkv holds all three
             *(graph.input(name, 1, kv_heads, "capacity", size) for name in ("keys", "values")),
             graph.input("last", 1, type=TensorProto.INT32),
@@ -200,66 +203,77 @@ class _Attention:
         outputs = ["attended", "new_keys", "new_values"]
         counts = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
         graph.node("GroupQueryAttention", *inputs, outputs=outputs, domain=MICROSOFT, **counts)
-        self.session = graph.session(*outputs)
+        self._session = graph.session(*outputs)
 
     def __call__(self, layer: int, qkv: Any, chunks: Sequence[Chunk]) -> Any:
         """Return what all tokens attend to, (tokens, heads * head size), as an array.
 
         `qkv`: q, k and v of all tokens, (tokens, (heads + 2 * KV heads) * head size), an array.
         """
-        attended: Any = numpy.empty((len(qkv), self.width), numpy.float32)
+        attended: Any = numpy.empty((len(qkv), self._width), numpy.float32)
         row = 0
         for chunk in chunks:
             stored = chunk.cache.reserve(layer, chunk.n, heads=2 * self._kv_heads, size=self._size)
             for positions in _blocks(chunk.positions):
                 rows = slice(row, row := row + len(positions))
-                call = self._call_for(chunk.cache, layer, stored, len(positions))
-                call.run(self.session, qkv[rows], attended[rows], end=positions.stop)
+                if len(positions) > 1:
+                    length, last = (numpy.array([end], numpy.int32) for end in (positions.stop, positions.stop - 1))
+                    self._run(self._bind(stored, qkv[rows], attended[rows], length, last))
+                else:
+                    self._attend_one_token(chunk, layer, stored, qkv[rows], attended[rows])
         return attended
 
-    def _call_for(self, cache: KVCache, layer: int, stored: Tensor, n: int) -> _Call:
-        """Return the call for n tokens. Calls for one token are kept: making one takes longer than running it."""
-        if n > 1:
-            return _Call(self, stored, n)
-        calls = self._calls.setdefault(cache, {})
-        if layer not in calls or not calls[layer].is_for(stored):
-            calls[layer] = _Call(self, stored, n)
-        return calls[layer]
+    def _attend_one_token(self, chunk: Chunk, layer: int, stored: Tensor, qkv: Any, attended: Any) -> None:
+        """Attend with one row, through arrays that stay where they are: binding takes longer than attending."""
+        if chunk.cache not in self._one_token_of:
+            self._one_token_of[chunk.cache] = _OneToken(self._qkv_width, self._width)
+        one = self._one_token_of[chunk.cache]
+        place = stored.data_ptr(), stored.shape[2]  # not the tensor, which would keep its memory
+        if layer not in one.bindings or one.bindings[layer][0] != place:
+            one.bindings[layer] = place, self._bind(stored, one.qkv, one.attended, one.length, one.last)
+        one.qkv[...], one.length[...], one.last[...] = qkv, chunk.positions.stop, chunk.positions.stop - 1
+        self._run(one.bindings[layer][1])
+        attended[...] = one.attended
+
+    def _bind(self, stored: Tensor, qkv: Any, attended: Any, length: Any, last: Any) -> Any:
+        """Return what tells ONNX Runtime where the inputs and outputs lie. The caller keeps the arrays.
+
+        `stored`: the keys and values of a layer of a KV cache, (1, 2 * KV heads, capacity, head size). It is read, and
+        the new ones are written into it.
+        """
+        binding = self._session.io_binding()
+        binding.bind_input("qkv", "cpu", 0, numpy.float32, (1, *qkv.shape), qkv.ctypes.data)
+        binding.bind_input("length", "cpu", 0, numpy.int32, (), length.ctypes.data)
+        binding.bind_input("last", "cpu", 0, numpy.int32, (1,), last.ctypes.data)
+        binding.bind_output("attended", "cpu", 0, numpy.float32, (1, *attended.shape), attended.ctypes.data)
+        shape = 1, self._kv_heads, stored.shape[2], self._size
+        for name, address in (("keys", stored.data_ptr()), ("values", stored.data_ptr() + stored.nbytes // 2)):
+            binding.bind_input(name, "cpu", 0, numpy.float32, shape, address)
+            binding.bind_output(f"new_{name}", "cpu", 0, numpy.float32, shape, address)
+        return binding
+
+    def _run(self, binding: Any) -> None:
+        self._session.run_with_iobinding(binding)
 
 
-class _Call:
-    """A call of the attention for n tokens of a sequence, with memory of its own for what it reads and returns.
+class _OneToken:
+    """The arrays for the next token of a sequence; for each layer, the place of its keys and values, and a binding."""
 
-    It reads and writes `stored`, the keys and values of a layer of a KV cache, (1, 2 * KV heads, capacity, head size),
-    in place.
-    """
+    def __init__(self, qkv_width: int, width: int) -> None:
+        self.qkv: Any = numpy.empty((1, qkv_width), numpy.float32)
+        self.attended: Any = numpy.empty((1, width), numpy.float32)
+        self.length: Any = numpy.empty(1, numpy.int32)
+        self.last: Any = numpy.empty(1, numpy.int32)
+        self.bindings: dict[int, tuple[tuple[int, int], Any]] = {}
 
-    def __init__(self, attention: _Attention, stored: Tensor, n: int) -> None:
-        _, heads, capacity, size = stored.shape
-        self._stored = stored.data_ptr(), capacity  # not the tensor, which would keep its memory
-        self._qkv: Any = numpy.empty((1, n, attention.read_width), numpy.float32)
-        self._attended: Any = numpy.empty((1, n, attention.width), numpy.float32)
-        self._last: Any = numpy.empty(1, numpy.int32)
-        self._length: Any = numpy.empty((), numpy.int32)
-        self._binding = attention.session.io_binding()
-        for name, array in (("qkv", self._qkv), ("last", self._last), ("length", self._length)):
-            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self._binding.bind_output("attended", "cpu", 0, numpy.float32, self._attended.shape, self._attended.ctypes.data)
-        for index, name in enumerate(("keys", "values")):
-            half = (1, heads // 2, capacity, size), stored.data_ptr() + index * stored.nbytes // 2
-            self._binding.bind_input(name, "cpu", 0, numpy.float32, *half)
-            self._binding.bind_output(f"new_{name}", "cpu", 0, numpy.float32, *half)
 
-    def is_for(self, stored: Tensor) -> bool:
-        return self._stored == (stored.data_ptr(), stored.shape[2])
-
-    def run(self, session: Any, qkv: Any, attended: Any, *, end: int) -> None:
-        """Attend with the rows `qkv` to the first `end` tokens, of which they are the last. Write into `attended`."""
-        self._qkv[0] = qkv
-        self._length[...] = end
-        self._last[0] = end - 1
-        session.run_with_iobinding(self._binding)
-        attended[...] = self._attended[0]
+def _use_one_thread() -> None:
+    """Let torch use one thread in the calling thread, and as many as now in all others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restoring = threading.Thread(target=torch.set_num_threads, args=(before,))  # OpenMP counts for each thread
+    restoring.start()
+    restoring.join()
 
 
 def _blocks(positions: range) -> list[range]:
@@ -273,7 +287,7 @@ def _rotary_frequencies(config: Mapping[str, Any], head_size: int) -> tuple[Tens
     kind, rope = rope_of(config)
     if kind == "default":
         theta = rope.get("rope_theta") or config.get("rope_theta", 10_000.0)
-        return theta ** (torch.arange(0, head_size, 2) / -head_size), 1.0
+        return theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / -head_size), 1.0
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -59,13 +59,16 @@ def is_llama_family(config: Mapping[str, Any]) -> bool:
         and rope.get("partial_rotary_factor", 1) == 1
         and not (window and config.get("use_sliding_window", True))
         and not config.get("quantization_config")
-        and head_size_of(config) % 16 == 0  # ONNX Runtime's GroupQueryAttention rotates no other ones
+        and all(key in config for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
+        and bool(config.get("num_attention_heads"))
+        and config["num_attention_heads"] % (config.get("num_key_value_heads") or 1) == 0
+        and head_size_of(config) % 16 == 0  # ONNX Runtime's GroupQueryAttention rotates only such heads
     )
 
 
 def head_size_of(config: Mapping[str, Any]) -> int:
-    """Return the size of an attention head in the Llama family, or 0 if `config` does not say."""
-    return config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    """Return the size of an attention head in the Llama family."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def rope_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

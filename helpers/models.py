@@ -113,6 +113,9 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(text, 300, placeholder=" …")
 
 
+_OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|Failed to allocate memory|bad_alloc"
+
+
 def _fix(error: Exception, name: str, source: str) -> str:
     """Return the sentence that says what to do after `error`. `source` is a folder, or a Hub id."""
     text = str(error)
@@ -121,7 +124,7 @@ def _fix(error: Exception, name: str, source: str) -> str:
         return f"It contains its own code, which is not run here: choose another model{alternative}"
     if isinstance(error, ImportError):
         return f"Install the missing package{alternative}"
-    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory|not enough memory", text):
+    if isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, text):
         return f"Close other programs, try another --precision{alternative}"
     if _comes_from(error, "bitsandbytes"):
         return f"Try another --precision{alternative}"

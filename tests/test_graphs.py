@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from helpers.graphs import BLOCK_SIZE, Graph, quantised
-
 PRECISIONS = ["fp32", "int8"]
+BLOCK_SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(torch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
 
 
 def product(rows: Any, weight: Any, bias: Any = None, precision: str = "fp32") -> Any:
     """Return `rows` times `weight`, as a graph computes it."""
     import torch
+
+    from helpers.graphs import Graph
 
     graph = Graph(precision)
     session = graph.session(graph.linear(graph.input("rows", "rows", rows.shape[1]), weight, bias))
@@ -78,6 +88,8 @@ def test_rows_and_weights_of_zeros_give_zeros(torch: Any, precision: str) -> Non
 
 
 def test_the_norm_is_the_root_mean_square_norm(torch: Any) -> None:
+    from helpers.graphs import Graph
+
     some, others, weight = torch.randn(5, 48), torch.randn(5, 48), torch.rand(48)
 
     def norm(rows: Any) -> Any:
@@ -97,6 +109,8 @@ def test_the_norm_is_the_root_mean_square_norm(torch: Any) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_session_has_its_own_copy_of_the_constants(torch: Any, precision: str) -> None:
     """They are freed as soon as it is made."""
+    from helpers.graphs import Graph
+
     graph = Graph(precision)
     rows = graph.linear(graph.input("rows", "rows", 100), torch.randn(80, 100), torch.randn(80))
     session = graph.session(graph.norm(rows, torch.rand(80), 1e-6))
@@ -108,6 +122,8 @@ def test_a_session_has_its_own_copy_of_the_constants(torch: Any, precision: str)
 
 
 def test_a_weight_is_at_most_half_a_step_away(torch: Any) -> None:
+    from helpers.graphs import quantised
+
     weight = torch.randn(300, 100)
     steps, sizes = quantised(weight)
     assert steps.shape == (300, 2, BLOCK_SIZE) and sizes.shape == (300, 2)
@@ -117,6 +133,66 @@ def test_a_weight_is_at_most_half_a_step_away(torch: Any) -> None:
 
 
 def test_a_weight_in_16_bits_is_quantised_as_in_fp32(torch: Any) -> None:
+    from helpers.graphs import quantised
+
     weight = torch.randn(300, 100).bfloat16()
     for some, others in zip(quantised(weight), quantised(weight.float()), strict=True):
         assert torch.equal(some, others)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_nothing_saturates_if_all_numbers_are_the_largest(torch: Any, rows: int, sign: int) -> None:
+    ones = torch.ones(1, 4096)
+    found = product(ones.repeat(rows, 1), sign * ones.repeat(40, 1), precision="int8")
+    torch.testing.assert_close(found, torch.full((rows, 40), 4096.0 * sign))
+
+
+ROWS = """
+import hashlib
+import sys
+import torch
+from helpers.graphs import Graph
+
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for precision in ("fp32", "int8"):
+    for inputs, outputs in ((576, 1536), (1536, 576), (576, 3000)):
+        graph, weight = Graph(precision), torch.randn(outputs, inputs)
+        session = graph.session(graph.linear(graph.input("rows", "rows", inputs), weight))
+        rows = torch.randn(128, inputs).numpy()
+        (together,) = session.run(None, {"rows": rows})
+        for n in (1, 2, 8, 33):
+            assert (session.run(None, {"rows": rows[:n]})[0] == together[:n]).all(), (precision, inputs, outputs, n)
+        digest.update(together.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    digests = set()
+    for threads in ("1", "2"):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", ROWS]
+        digests.add(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert len(digests) == 1
+
+
+BESIDE_OTHERS = """
+import os
+import onnxruntime
+if "pool" in os.sys.argv:
+    onnxruntime.set_global_thread_pool_sizes(1, 1)
+import torch
+from helpers.graphs import Graph
+graph = Graph()
+session = graph.session(graph.linear(graph.input("rows", "rows", 8), torch.ones(1, 8)))
+print(session.run(None, {"rows": torch.ones(1, 8).numpy()})[0], os.environ["ORT_DISABLE_TELEMETRY"])
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["pool"]])
+def test_another_library_may_have_set_up_onnx_runtime(words: list[str]) -> None:
+    command = [sys.executable, "-c", BESIDE_OTHERS, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[[8.]]", "1"]

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -399,6 +400,70 @@ def test_weights_of_nan_or_infinity_are_refused(
         lean(folder, precision)
 
 
+def test_a_hidden_state_that_is_not_finite_makes_its_own_logits_nan(torch: Any, saved: Any) -> None:
+    model = lean(saved("Llama")[1], "int8")
+    hidden = torch.randn(3, 64)
+    expected = model.logits_of(hidden.clone())
+    hidden[1, 5] = math.inf
+    logits = model.logits_of(hidden)
+    assert logits[1].isnan().all() and torch.equal(logits[[0, 2]], expected[[0, 2]])
+
+
+def test_weights_so_large_that_int8_overflows_are_refused(saved: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved("Llama")[1], tmp_path / "copy"))
+    change_weights(folder, lambda weights: weights["model.layers.1.mlp.down_proj.weight"][1].fill_(3e38))
+    with pytest.raises(ModelUnavailable, match=r"^Llama computes logits that are NaN or infinite, in int8\. Serve it"):
+        lean(folder, "int8").prepare()
+
+
+def test_the_default_type_of_torch_does_not_matter(torch: Any, saved: Any) -> None:
+    """transformers changes it while it loads a model, in all threads."""
+    folder, ids = saved("Llama")[1], random_ids(20, seed=1)
+    expected = logits_of_every_token(lean(folder), ids)
+    torch.set_default_dtype(torch.float16)
+    try:
+        logits = logits_of_every_token(lean(folder), ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits, expected)
+
+
+THREADS = """
+import json
+import sys
+import threading
+from pathlib import Path
+import torch
+from helpers.llama import Llama
+
+folder = Path(sys.argv[1])
+model = Llama(json.loads((folder / "config.json").read_text()), [str(folder / "model.safetensors")], "fp32")
+counts = []
+
+def count():
+    counts.append(torch.get_num_threads())
+
+def serve():
+    model.prepare()
+    count()
+
+for function in (serve, count):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+count()
+print(counts)
+"""
+
+
+@pytest.mark.main
+def test_only_the_thread_of_the_model_uses_one_thread_of_torch(saved: Any) -> None:
+    command = [sys.executable, "-c", THREADS, str(saved("Llama")[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[1, 2, 2]"
+
+
 # --- Which models go this way ---------------------------------------------------------------------
 
 
@@ -463,7 +528,15 @@ def test_weights_that_are_not_in_safetensors_go_through_transformers(
     assert type(models.load(str(copy), "fp32").model) is TransformersModel
 
 
-PUBLISHED = {"model_type": "llama", "max_position_embeddings": 4096, "hidden_size": 4096, "num_attention_heads": 32}
+PUBLISHED = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
 
 
 @pytest.mark.parametrize(
@@ -474,6 +547,8 @@ PUBLISHED = {"model_type": "llama", "max_position_embeddings": 4096, "hidden_siz
         {"model_type": "mistral"},  # of version 0.1, with the window of 4096 tokens that is its default
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096},
         {"model_type": "phi3"},
+        {"head_dim": 40},
+        {"num_key_value_heads": 5},
     ],
     ids=str,
 )
@@ -481,6 +556,13 @@ def test_a_published_configuration_that_needs_transformers_is_recognised(change:
     from helpers.model_files import is_llama_family
 
     assert not is_llama_family(PUBLISHED | change)
+
+
+@pytest.mark.parametrize("left_out", sorted(PUBLISHED))
+def test_a_configuration_that_leaves_a_size_out_needs_transformers(left_out: str) -> None:
+    from helpers.model_files import is_llama_family
+
+    assert not is_llama_family({key: value for key, value in PUBLISHED.items() if key != left_out})
 
 
 @pytest.mark.parametrize(
@@ -559,7 +641,7 @@ def test_int8_predicts_a_text_nearly_as_well_as_fp32(monkeypatch: pytest.MonkeyP
     quality = importlib.import_module("quality")
     for path in quality.TEXTS:
         found = quality.compare(path.read_text(encoding="utf-8"))
-        assert found.ratio <= 1.07 and found.agreement >= 0.88, f"{path.name}: {found}"
+        assert found.ratio <= 1.015 and found.agreement >= 0.92, f"{path.name}: {found}"
 
 
 LOAD = """

@@ -156,7 +156,9 @@ def test_an_unknown_precision_is_refused() -> None:
 
 def folder_of(kind: str, folder: Path) -> str:
     """Write a model whose config.json says that it is of this kind, and return its path."""
-    config = {"model_type": kind, "max_position_embeddings": 512, "num_key_value_heads": 2, "sliding_window": None}
+    size = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = size | {"model_type": kind, "max_position_embeddings": 512, "sliding_window": None}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     (model_folder(folder) / "config.json").write_text(json.dumps(config))
     return str(folder)
 

@@ -70,6 +70,18 @@ def test_the_weights_have_the_precision_that_was_asked_for(tiny_folder: Path, pr
     assert len(answer(chat_model)) > 0
 
 
+def test_the_llama_family_is_computed_at_the_precision_that_was_asked_for(torch: Any, tiny_folder: Path) -> None:
+    from helpers.kv_cache import KVCache
+    from helpers.packed import forward_packed
+
+    logits = {}
+    for precision in ("fp32", "int8"):
+        chat_model = models.load(str(tiny_folder), precision)
+        assert chat_model.precision == chat_model.model.precision == precision
+        logits[precision], _ = forward_packed(chat_model.model, [(KVCache(3), [3, 1, 4])])
+    assert 1e-4 < (logits["int8"] - logits["fp32"]).norm() / logits["fp32"].norm() < 0.3  # the weights are random
+
+
 def test_int8_outside_the_llama_family_comes_from_bitsandbytes(copy: Path) -> None:
     pytest.importorskip("bitsandbytes")
     config = json.loads((copy / "config.json").read_text())
@@ -370,6 +382,16 @@ def test_a_download_that_breaks_off_shows_neither_token_nor_address(hub: HubStub
 
 
 def test_importing_the_module_imports_no_library_that_loads_models() -> None:
-    heavy = {"torch", "transformers", "jina", "docarray", "filelock", "sentencepiece", "huggingface_hub.hf_api"}
+    heavy = {
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "transformers",
+        "jina",
+        "docarray",
+        "filelock",
+        "sentencepiece",
+        "huggingface_hub.hf_api",
+    }
     code = f"import sys, helpers.models; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
