@@ -336,7 +336,7 @@ def machine() -> str:
     processor = facts.get("model name") or platform.processor() or platform.machine()
     has = set(facts.get("flags", facts.get("Features", "")).split())  # Features: on ARM
     sets = ", ".join(name for name in INSTRUCTION_SETS if name in has) or "unknown"
-    names = ("torch", "transformers", "jina", "llama_cpp_python")
+    names = ("torch", "onnxruntime", "transformers", "jina", "llama_cpp_python")
     versions = [
         f"{name} {importlib.metadata.version(name)}"
         for name in names

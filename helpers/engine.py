@@ -152,8 +152,8 @@ class Engine:
     def _prepare(self) -> None:
         """Try the model, measure the memory for its KV cache, and create the scheduler.
 
-        This runs in the engine's thread. If a second thread runs a model of transformers too, OpenMP counts more threads
-        than cores, lets its workers sleep between operations, and every step takes twice as long.
+        This runs in the engine's thread. If a second thread runs a model of transformers too, OpenMP counts more
+        threads than cores, lets its workers sleep between operations, and every step takes twice as long.
         """
         trial = self.model.prepare()
         bytes_per_token = sum(trial.bytes_per_token.values())
