@@ -58,4 +58,4 @@ def draw_costs(ours: Sequence[Run], article: Sequence[Run], file: Path) -> None:
 def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))  # below, where no line is

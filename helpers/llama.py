@@ -59,9 +59,10 @@ class Llama:
             embeddings = HEAD
         weights.require(self._tensor_shapes(config, embeddings, head))
         self._embeddings = weights[embeddings]
+        head_weight = self._embeddings if head == embeddings else weights[head]
         layers = config["num_hidden_layers"]
         with ThreadPoolExecutor(2, "make-graphs") as pool:
-            making_head = pool.submit(self._make_head, weights, head)
+            making_head = pool.submit(self._make_head, weights["model.norm.weight"], head_weight)
             self._between = list(pool.map(lambda n: self._make_between(weights, n, layers), range(layers + 1)))
             self._head = making_head.result()
 
@@ -93,11 +94,11 @@ class Llama:
             shapes |= {f"model.layers.{n}.{name}": shape for name, shape in in_layer.items()}
         return shapes
 
-    def _make_head(self, weights: _Weights, name: str) -> Any:
+    def _make_head(self, norm: Tensor, weight: Tensor) -> Any:
         """Return the graph from hidden states to logits."""
         graph = Graph(self.precision)
-        rows = graph.norm(graph.input("hidden", "tokens", self._hidden), weights["model.norm.weight"], self._epsilon)
-        return graph.session(graph.linear(rows, weights[name]))
+        rows = graph.norm(graph.input("hidden", "tokens", self._hidden), norm, self._epsilon)
+        return graph.session(graph.linear(rows, weight))
 
     def _make_between(self, weights: _Weights, n: int, layers: int) -> Any:
         """Return the graph from the attention of layer n - 1, if any, to that of layer n, if any.
@@ -167,7 +168,10 @@ class Llama:
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Return the logits for hidden states, (tokens, hidden size). They are NaN if a hidden state is not finite."""
         logits = torch.from_numpy(self._head.run(None, {"hidden": hidden.numpy()})[0])
-        return logits.masked_fill_(~hidden.isfinite().all(dim=-1, keepdim=True), math.nan)  # 8 bit would hide it
+        is_finite = hidden.isfinite().all(dim=-1)
+        if not is_finite.all():
+            logits[~is_finite] = math.nan  # 8 bit would hide it
+        return logits
 
     def hidden_states(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return what the layers make of all tokens, (tokens, hidden size)."""
@@ -218,7 +222,7 @@ class _Attention:
                 rows = slice(row, row := row + len(positions))
                 if len(positions) > 1:
                     length, last = (numpy.array([end], numpy.int32) for end in (positions.stop, positions.stop - 1))
-                    self._run(self._bind(stored, qkv[rows], attended[rows], length, last))
+                    self._session.run_with_iobinding(self._bind(stored, qkv[rows], attended[rows], length, last))
                 else:
                     self._attend_one_token(chunk, layer, stored, qkv[rows], attended[rows])
         return attended
@@ -232,7 +236,7 @@ class _Attention:
         if layer not in one.bindings or one.bindings[layer][0] != place:
             one.bindings[layer] = place, self._bind(stored, one.qkv, one.attended, one.length, one.last)
         one.qkv[...], one.length[...], one.last[...] = qkv, chunk.positions.stop, chunk.positions.stop - 1
-        self._run(one.bindings[layer][1])
+        self._session.run_with_iobinding(one.bindings[layer][1])
         attended[...] = one.attended
 
     def _bind(self, stored: Tensor, qkv: Any, attended: Any, length: Any, last: Any) -> Any:
@@ -251,9 +255,6 @@ class _Attention:
             binding.bind_input(name, "cpu", 0, numpy.float32, shape, address)
             binding.bind_output(f"new_{name}", "cpu", 0, numpy.float32, shape, address)
         return binding
-
-    def _run(self, binding: Any) -> None:
-        self._session.run_with_iobinding(binding)
 
 
 class _OneToken:

@@ -44,6 +44,12 @@ CONTEXT_LENGTH = "max_position_embeddings"
 """The key of config.json for the number of tokens that a model can read."""
 
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    CONTEXT_LENGTH,
+)
+
+
 def is_llama_family(config: Mapping[str, Any]) -> bool:
     """Return whether `helpers.llama` can run a model with `config`, the content of its config.json."""
     rope_kind, rope = rope_of(config)
@@ -51,7 +57,7 @@ def is_llama_family(config: Mapping[str, Any]) -> bool:
     window = config.get("sliding_window", 4096 if kind == "mistral" else None)
     return (
         kind in ("llama", "mistral", "qwen2", "qwen3")
-        and bool(config.get(CONTEXT_LENGTH))
+        and all(config.get(key) for key in _SIZES)
         and (kind == "llama" or "num_key_value_heads" in config)  # the default depends on the kind
         and (kind != "qwen3" or "head_dim" in config)
         and config.get("hidden_act", "silu") == "silu"
@@ -59,8 +65,6 @@ def is_llama_family(config: Mapping[str, Any]) -> bool:
         and rope.get("partial_rotary_factor", 1) == 1
         and not (window and config.get("use_sliding_window", True))
         and not config.get("quantization_config")
-        and all(key in config for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
-        and bool(config.get("num_attention_heads"))
         and config["num_attention_heads"] % (config.get("num_key_value_heads") or 1) == 0
         and head_size_of(config) % 16 == 0  # ONNX Runtime's GroupQueryAttention rotates only such heads
     )

@@ -153,9 +153,9 @@ class _Head(torch.nn.Module):
 def _pack_head(model: Any) -> None:
     """Let oneDNN compute the logits in fp32 on a CPU. It needs half of MKL's time for up to 16 sequences."""
     head = model.get_output_embeddings()
-    is_possible = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     if (
-        is_possible
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
         and type(head) is torch.nn.Linear
         and (head.weight.device.type, head.weight.dtype) == ("cpu", torch.float32)
     ):

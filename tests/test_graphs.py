@@ -150,7 +150,6 @@ def test_nothing_saturates_if_all_numbers_are_the_largest(torch: Any, rows: int,
 
 ROWS = """
 import hashlib
-import sys
 import torch
 from helpers.graphs import Graph
 

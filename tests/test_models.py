@@ -255,6 +255,10 @@ def test_no_precision_is_advised_if_none_helps(
         (MemoryError(), "Close other programs, try another --precision, or use the bundled model"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Close other programs, try another --precision"),
         (RuntimeError("CUDA out of memory."), "Close other programs, try another --precision"),
+        (
+            RuntimeError("Failed to allocate memory for requested buffer of size 536870912"),  # ONNX Runtime
+            "Close other programs, try another --precision",
+        ),
         (RuntimeError("CUDA error: no kernel image is available"), "Check the GPU with `nvidia-smi`"),
     ],
 )
