@@ -164,7 +164,7 @@ class Call(Generic[Fields]):
 
 
 class SharedChannel:
-    """Connections that many calls share, from any thread. They open with the first call.
+    """Connections that many calls share, from any thread. They open with the first call, and again after `close`.
 
     `target` is an address in gRPC's form, which may stand for several services, and `options` are gRPC's.
     """
@@ -196,6 +196,13 @@ class SharedChannel:
     def open_another(self) -> AbstractContextManager[Any]:
         """Open a connection to the first service that accepts one, and close it after the block."""
         return _open_channel(self._target, {**self._options, "grpc.service_config": "{}"})
+
+    def close(self) -> None:
+        """Close the connections. Calls that are running fail."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            _close(channel)
 
 
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()

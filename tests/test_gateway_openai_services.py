@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from background_program import Program
+from connections import connections_to
 from eventually import until
 from helpers.__main__ import main
 from helpers.catalog import BUNDLED
@@ -92,6 +94,18 @@ def test_an_answer_is_the_same_as_that_of_the_server(
         ours, theirs = (without_ids(post(gateway, path, {**body, **options})) for gateway in (outer, inner))
         # the choices of a stream come in any order
         assert sorted(ours.split("\n\n")) == sorted(theirs.split("\n\n"))
+
+
+def test_a_gateway_that_ends_closes_its_connections(scripted: ScriptedService) -> None:
+    gc.disable()  # it would close them too, at some time
+    try:
+        with running_gateway(scripted.port) as inner, running_gateway(inner.url) as outer:
+            assert post(outer, CHAT_PATH, CHAT).status_code == 200
+            assert connections_to(scripted.port) and connections_to(inner.port)
+        for port in (scripted.port, inner.port):
+            until(lambda port=port: not connections_to(port), "the connections are closed")  # type: ignore[misc]
+    finally:
+        gc.enable()
 
 
 def test_the_server_gets_the_fields_of_the_request(outer: RunningGateway, scripted: ScriptedService) -> None:

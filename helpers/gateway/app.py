@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -60,7 +61,7 @@ def create_app(
         keep_alive=keep_alive,
     )
     # no pages of documentation: they load scripts from another site
-    app = _Gateway(title="Chat gateway", description=_DESCRIPTION, docs_url=None, redoc_url=None)
+    app = _Gateway(title="Chat gateway", description=_DESCRIPTION, docs_url=None, redoc_url=None, lifespan=_lifespan)
     app.state.gateway = settings
     shows_keys = [Depends(HTTPBearer(auto_error=False, description="An API key, if the gateway has keys."))]
     for router in (chat.router, completions.router, responses.router, status.router):
@@ -80,6 +81,13 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Close the connections to the services when the server ends."""
+    yield
+    await app.state.gateway.backend.services.close()
 
 
 def _services(addresses: Sequence[str], model: str | None) -> Services | OpenAIServices:

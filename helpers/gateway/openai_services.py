@@ -63,6 +63,11 @@ class OpenAIServices:
         """
         return await first_replies({server.url: server.describe() for server in self._servers}, patient=patient)
 
+    async def close(self) -> None:
+        """Close the connections. No call can be made after that."""
+        for server in self._servers:
+            await server.close()
+
 
 class Server:
     """A server at `url`. `answers` is whether it answered when it was last asked."""
@@ -127,6 +132,10 @@ class Server:
         given = {name: value for name, value in options.items() if value not in (None, [])}
         stream = {"stream": True, "stream_options": {"include_usage": True}}
         return await create(model=self._model, **given, **sampling, **stream)
+
+    async def close(self) -> None:
+        """Close the connections to the server."""
+        await self._client.close()
 
     def failure(self, error: Exception) -> HelpersError:
         """Return `error` as an exception of this package.

@@ -67,7 +67,6 @@ def configure(app: FastAPI, args: GatewayArgs, *, host: str, port: int) -> uvico
         port=port,
         http=HttpProtocol,
         ws="none",
-        lifespan="off",
         log_config=None,
         log_level=max(_log_level(args), logging.WARNING),
         access_log=False,

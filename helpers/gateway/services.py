@@ -79,6 +79,10 @@ class Services:
         asking = {join(*address): _describe(*address) for address in await self._look_up()}
         return await first_replies(asking, patient=patient)
 
+    async def close(self) -> None:
+        """Close the connections. The next call opens them again."""
+        self._channel.close()
+
     async def _look_up(self) -> list[tuple[str, int]]:
         """Return the addresses of all services. A name without an address stays a name, which cannot be reached."""
         found: dict[tuple[str, int], None] = {}
