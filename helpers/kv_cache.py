@@ -20,7 +20,7 @@ class KVCache:
     """The keys and values of one sequence's first `length` tokens, in memory for `capacity` tokens.
 
     Each layer holds both in one tensor, of shape (1, heads, capacity, ...): the model decides how a token's key and
-    value lie in it. Appending does not move the tensor, so each token costs the same.
+    value lie in it. The tensor never moves, so each token costs the same.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -39,25 +39,17 @@ class KVCache:
         stored.narrow(2, self.length, n).copy_(new)
         return stored.narrow(2, 0, self.length + n)
 
-    def reserve(self, layer: int, n: int, *, heads: int, size: int) -> Tensor:
-        """Return a layer's memory, (1, heads, capacity, size) in fp32, for a model that stores n more tokens itself.
-
-        Raise `IndexError` if they do not fit.
-        """
+    def require_room(self, n: int) -> None:
+        """Raise `IndexError` if `n` more tokens do not fit."""
         if self.length + n > self.capacity:
             raise IndexError(f"{self.length} and {n} tokens do not fit into a KV cache for {self.capacity}.")
+
+    def reserve(self, layer: int, *, heads: int, size: int) -> Tensor:
+        """Return a layer's memory, (1, heads, capacity, size) in fp32, for a model that stores tokens itself."""
         if layer not in self._layers:
             shape = 1, heads, self.capacity, size
             self._layers[layer] = torch.empty(shape, dtype=torch.float32, device="cpu")
         return self._layers[layer]
-
-    def resize(self, capacity: int) -> None:
-        """Change the capacity, layer by layer, so that only one layer is in memory twice at a time."""
-        for layer, stored in self._layers.items():
-            resized = stored.new_empty(*stored.shape[:2], capacity, *stored.shape[3:])
-            resized.narrow(2, 0, self.length).copy_(stored.narrow(2, 0, self.length))
-            self._layers[layer] = resized
-        self.capacity = capacity
 
     def copy_prefix(self, length: int, *, capacity: int) -> KVCache:
         """Return a copy of the first `length` tokens, in memory for `capacity` tokens."""
@@ -66,6 +58,15 @@ class KVCache:
             copy.append(layer, stored.narrow(2, 0, length))
         copy.length = length
         return copy
+
+    def move_prefix(self, length: int, *, capacity: int) -> KVCache:
+        """Return the same as `copy_prefix`, but leave nothing here. Only one layer is in memory twice at a time."""
+        moved = KVCache(capacity)
+        while self._layers:
+            layer, stored = self._layers.popitem()
+            moved.append(layer, stored.narrow(2, 0, length))
+        moved.length, self.length = length, 0
+        return moved
 
     @property
     def num_layers(self) -> int:

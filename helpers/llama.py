@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -178,8 +178,11 @@ class Llama:
         hidden = self._embeddings[ids].float().numpy()
         first, *others = self._between
         (qkv,) = first.run(None, {"hidden": hidden})
+        readers = self._attention.readers(chunks, len(others))
         for n, graph in enumerate(others):
-            attended = self._attention(n, qkv, chunks)
+            attended: Any = numpy.empty((len(qkv), self._attention.width), numpy.float32)
+            for reader in readers:
+                reader.attend(n, qkv, attended)
             hidden, *rest = graph.run(None, {"hidden": hidden, "attended": attended})
             if rest:
                 (qkv,) = rest
@@ -187,85 +190,171 @@ class Llama:
 
 
 class _Attention:
-    """The attention of all layers: it rotates q and k, appends k and v to a KV cache, and attends."""
+    """The attention of all layers: it rotates q and k, appends k and v to the KV caches, and attends."""
 
     def __init__(self, config: Mapping[str, Any], heads: int, kv_heads: int, size: int) -> None:
-        self._kv_heads, self._size = kv_heads, size
-        self._width, self._qkv_width = heads * size, (heads + 2 * kv_heads) * size
-        self._one_token_of: WeakKeyDictionary[KVCache, _OneToken] = WeakKeyDictionary()
-        graph = Graph()
+        self._heads, self._kv_heads, self._size = heads, kv_heads, size
+        self.width, self.qkv_width = heads * size, (heads + 2 * kv_heads) * size
         frequencies, magnitude = _rotary_frequencies(config, size)
         angles = torch.outer(torch.arange(config[CONTEXT_LENGTH], dtype=torch.float32), frequencies)
-        inputs = [
-            graph.input("qkv", 1, "tokens", self._qkv_width),
-            *("", ""),  # qkv holds all three
-            *(graph.input(name, 1, kv_heads, "capacity", size) for name in ("keys", "values")),
-            graph.input("last", 1, type=TensorProto.INT32),
-            graph.input("length", type=TensorProto.INT32),
-            *(graph.constant(part * magnitude) for part in (angles.cos(), angles.sin())),
-        ]
-        outputs = ["attended", "new_keys", "new_values"]
-        counts = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
-        graph.node("GroupQueryAttention", *inputs, outputs=outputs, domain=MICROSOFT, **counts)
-        self._session = graph.session(*outputs)
+        self._rotations = [(part * magnitude).numpy() for part in (angles.cos(), angles.sin())]
+        self.sessions = {slots: self._make_session(slots) for slots in (1, _SLOTS)}
+        self._groups: list[_Group] = []
 
-    def __call__(self, layer: int, qkv: Any, chunks: Sequence[Chunk]) -> Any:
-        """Return what all tokens attend to, (tokens, heads * head size), as an array.
+    def _make_session(self, slots: int) -> Any:
+        """Return the graph for the tokens of one sequence, or for one token of each of several sequences."""
+        graph = Graph()
+        qkv = graph.input("qkv", 1, "tokens", self.qkv_width)
+        rotations = [graph.input(name, "positions", self._size // 2) for name in _ROTATIONS]
+        parts, attended = [qkv], ["attended"]
+        if slots > 1:
+            parts, attended = ([f"{name}{slot}" for slot in range(slots)] for name in ("qkv", "attended"))
+            graph.node("Split", qkv, graph.integers(*[1] * slots), outputs=parts, axis=1)
+        stored = []
+        for slot in range(slots):
+            inputs = [
+                *(parts[slot], "", ""),  # holds q, k and v
+                *(graph.input(f"{name}{slot}", 1, self._kv_heads, "capacity", self._size) for name in _MEMORY),
+                graph.input(f"last{slot}", 1, type=TensorProto.INT32),
+                graph.input(f"length{slot}", type=TensorProto.INT32),
+            ]
+            outputs = [attended[slot], *(f"new_{name}{slot}" for name in _MEMORY)]
+            counts = {"num_heads": self._heads, "kv_num_heads": self._kv_heads, "do_rotary": 1}
+            graph.node("GroupQueryAttention", *inputs, *rotations, outputs=outputs, domain=MICROSOFT, **counts)
+            stored += outputs[1:]
+        if slots > 1:
+            graph.node("Concat", *attended, outputs=["attended"], axis=1)
+        return graph.session("attended", *stored)
 
-        `qkv`: q, k and v of all tokens, (tokens, (heads + 2 * KV heads) * head size), an array.
+    def readers(self, chunks: Sequence[Chunk], layers: int) -> list[_Tokens | _Group]:
+        """Return what attends with the tokens of these chunks in the next step.
+
+        Raise `IndexError` if they do not fit into a KV cache.
         """
-        attended: Any = numpy.empty((len(qkv), self._width), numpy.float32)
-        row = 0
+        several: list[_Tokens] = []
+        row_of: dict[KVCache, int] = {}
+        end = 0
         for chunk in chunks:
-            stored = chunk.cache.reserve(layer, chunk.n, heads=2 * self._kv_heads, size=self._size)
-            for positions in _blocks(chunk.positions):
-                rows = slice(row, row := row + len(positions))
-                if len(positions) > 1:
-                    length, last = (numpy.array([end], numpy.int32) for end in (positions.stop, positions.stop - 1))
-                    self._session.run_with_iobinding(self._bind(stored, qkv[rows], attended[rows], length, last))
-                else:
-                    self._attend_one_token(chunk, layer, stored, qkv[rows], attended[rows])
-        return attended
+            chunk.cache.require_room(chunk.n)
+            start, end = end, end + chunk.n
+            if chunk.n > 1:
+                several.append(_Tokens(self, chunk, start))
+            else:
+                row_of[chunk.cache] = start
+        slots = _SLOTS if len(row_of) >= _ENOUGH_FOR_A_GROUP else 1
+        groups = [group for group in self._groups if group.slots == slots]
+        for group in groups:
+            group.keep(row_of)
+        placed = {cache for group in groups for cache in group.slot_of}
+        for cache in row_of:
+            if cache not in placed and not any(group.add(cache) for group in groups):
+                groups.append(_Group(self, slots, layers))
+                groups[-1].add(cache)
+        self._groups = [group for group in groups if group.slot_of]
+        for group in self._groups:
+            group.prepare(row_of)
+        return [*several, *self._groups]
 
-    def _attend_one_token(self, chunk: Chunk, layer: int, stored: Tensor, qkv: Any, attended: Any) -> None:
-        """Attend with one row, through arrays that stay where they are: binding takes longer than attending."""
-        if chunk.cache not in self._one_token_of:
-            self._one_token_of[chunk.cache] = _OneToken(self._qkv_width, self._width)
-        one = self._one_token_of[chunk.cache]
-        place = stored.data_ptr(), stored.shape[2]  # not the tensor, which would keep its memory
-        if layer not in one.bindings or one.bindings[layer][0] != place:
-            one.bindings[layer] = place, self._bind(stored, one.qkv, one.attended, one.length, one.last)
-        one.qkv[...], one.length[...], one.last[...] = qkv, chunk.positions.stop, chunk.positions.stop - 1
-        self._session.run_with_iobinding(one.bindings[layer][1])
-        attended[...] = one.attended
-
-    def _bind(self, stored: Tensor, qkv: Any, attended: Any, length: Any, last: Any) -> Any:
-        """Return what tells ONNX Runtime where the inputs and outputs lie. The caller keeps the arrays.
-
-        `stored`: the keys and values of a layer of a KV cache, (1, 2 * KV heads, capacity, head size). It is read, and
-        the new ones are written into it.
-        """
-        binding = self._session.io_binding()
+    def bind(self, slots: int, qkv: Any, attended: Any) -> Any:
+        """Return a binding, which tells ONNX Runtime where its inputs and outputs lie. The caller keeps the arrays."""
+        binding = self.sessions[slots].io_binding()
         binding.bind_input("qkv", "cpu", 0, numpy.float32, (1, *qkv.shape), qkv.ctypes.data)
-        binding.bind_input("length", "cpu", 0, numpy.int32, (), length.ctypes.data)
-        binding.bind_input("last", "cpu", 0, numpy.int32, (1,), last.ctypes.data)
+        for name, array in zip(_ROTATIONS, self._rotations, strict=True):
+            binding.bind_input(name, "cpu", 0, numpy.float32, array.shape, array.ctypes.data)
         binding.bind_output("attended", "cpu", 0, numpy.float32, (1, *attended.shape), attended.ctypes.data)
-        shape = 1, self._kv_heads, stored.shape[2], self._size
-        for name, address in (("keys", stored.data_ptr()), ("values", stored.data_ptr() + stored.nbytes // 2)):
-            binding.bind_input(name, "cpu", 0, numpy.float32, shape, address)
-            binding.bind_output(f"new_{name}", "cpu", 0, numpy.float32, shape, address)
         return binding
 
+    def bind_slot(self, binding: Any, slot: int, cache: KVCache, layer: int, length: Any, last: Any) -> None:
+        """Bind the keys and values of a sequence, where the new ones are written too, and the places of its tokens."""
+        stored = cache.reserve(layer, heads=2 * self._kv_heads, size=self._size)
+        shape = 1, self._kv_heads, cache.capacity, self._size
+        for name, address in zip(_MEMORY, (stored.data_ptr(), stored.data_ptr() + stored.nbytes // 2), strict=True):
+            binding.bind_input(f"{name}{slot}", "cpu", 0, numpy.float32, shape, address)
+            binding.bind_output(f"new_{name}{slot}", "cpu", 0, numpy.float32, shape, address)
+        binding.bind_input(f"length{slot}", "cpu", 0, numpy.int32, (), length.ctypes.data)
+        binding.bind_input(f"last{slot}", "cpu", 0, numpy.int32, (1,), last.ctypes.data)
 
-class _OneToken:
-    """The arrays for the next token of a sequence; for each layer, the place of its keys and values, and a binding."""
 
-    def __init__(self, qkv_width: int, width: int) -> None:
-        self.qkv: Any = numpy.empty((1, qkv_width), numpy.float32)
-        self.attended: Any = numpy.empty((1, width), numpy.float32)
-        self.length: Any = numpy.empty(1, numpy.int32)
-        self.last: Any = numpy.empty(1, numpy.int32)
-        self.bindings: dict[int, tuple[tuple[int, int], Any]] = {}
+_ROTATIONS, _MEMORY = ("cos", "sin"), ("keys", "values")
+_SLOTS = 8
+_ENOUGH_FOR_A_GROUP = 4
+"""From so many sequences on, one run for all slots takes less time than a run for each. An empty slot costs little."""
+
+
+class _Tokens:
+    """Attends with several tokens of a sequence. `start` is the row of the first one."""
+
+    def __init__(self, attention: _Attention, chunk: Chunk, start: int) -> None:
+        self._attention, self._chunk, self._start = attention, chunk, start
+
+    def attend(self, layer: int, qkv: Any, attended: Any) -> None:
+        """Write what the tokens attend to into their rows, (tokens, heads * head size).
+
+        `qkv`: q, k and v of all tokens, (tokens, (heads + 2 * KV heads) * head size).
+        """
+        first_row = self._start - self._chunk.positions.start
+        for block in _blocks(self._chunk.positions):
+            rows = slice(first_row + block.start, first_row + block.stop)
+            length, last = (numpy.array([end], numpy.int32) for end in (block.stop, block.stop - 1))
+            binding = self._attention.bind(1, qkv[rows], attended[rows])
+            self._attention.bind_slot(binding, 0, self._chunk.cache, layer, length, last)
+            self._attention.sessions[1].run_with_iobinding(binding)
+
+
+class _Group:
+    """Attends with one token of each of up to `slots` sequences, in arrays that stay where they are: binding takes
+    longer than attending. A sequence keeps its slot while it decodes. An empty slot has a KV cache of its own.
+    """
+
+    def __init__(self, attention: _Attention, slots: int, layers: int) -> None:
+        self.slots = slots
+        self.slot_of: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
+        self._attention, self._run = attention, attention.sessions[slots].run_with_iobinding
+        self._qkv: Any = numpy.zeros((slots, attention.qkv_width), numpy.float32)
+        self._attended: Any = numpy.empty((slots, attention.width), numpy.float32)
+        self._length: Any = numpy.empty(slots, numpy.int32)
+        self._last: Any = numpy.empty(slots, numpy.int32)
+        self._bindings = [attention.bind(slots, self._qkv, self._attended) for _ in range(layers)]
+        self._unused, self._empty = KVCache(1), set[int]()
+        self._taken: list[int] = []
+        self._rows: list[int] = []
+
+    def keep(self, caches: Container[KVCache]) -> None:
+        """Free the slots of all sequences whose KV caches are not among these."""
+        for cache in [cache for cache in self.slot_of if cache not in caches]:
+            del self.slot_of[cache]
+
+    def add(self, cache: KVCache) -> bool:
+        """Give a sequence a slot. Return False if all are taken."""
+        taken = set(self.slot_of.values())
+        slot = next((slot for slot in range(self.slots) if slot not in taken), None)
+        if slot is None:
+            return False
+        self.slot_of[cache] = slot
+        self._empty.discard(slot)
+        self._bind(slot, cache)
+        return True
+
+    def prepare(self, row_of: Mapping[KVCache, int]) -> None:
+        """Look up the rows and the positions of the next tokens."""
+        for slot in {*range(self.slots)} - {*self.slot_of.values()} - self._empty:
+            self._empty.add(slot)
+            self._bind(slot, self._unused)
+            self._length[slot], self._last[slot] = 1, 0
+        self._taken, self._rows = list(self.slot_of.values()), [row_of[cache] for cache in self.slot_of]
+        self._last[self._taken] = [cache.length for cache in self.slot_of]
+        self._length[self._taken] = [cache.length + 1 for cache in self.slot_of]
+
+    def attend(self, layer: int, qkv: Any, attended: Any) -> None:
+        """Do for one token of each sequence what `_Tokens.attend` does."""
+        self._qkv[self._taken] = qkv[self._rows]
+        self._run(self._bindings[layer])
+        attended[self._rows] = self._attended[self._taken]
+
+    def _bind(self, slot: int, cache: KVCache) -> None:
+        places = self._length[slot:], self._last[slot:]
+        for layer, binding in enumerate(self._bindings):
+            self._attention.bind_slot(binding, slot, cache, layer, *places)
 
 
 def _use_one_thread() -> None:

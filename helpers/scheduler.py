@@ -141,9 +141,7 @@ class Scheduler:
                 return KVCache(capacity)
             if found in self.prefix_cache or any(other.cache is found for other in in_use):
                 return found.copy_prefix(match.length, capacity=capacity)
-            found.length = match.length
-            found.resize(capacity)
-            return found
+            return found.move_prefix(match.length, capacity=capacity)
         except RuntimeError as error:  # too little memory after all, so the prefix is read again
             log.warning("%s", error)
             return KVCache(capacity)

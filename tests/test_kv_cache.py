@@ -54,13 +54,14 @@ def test_appending_never_moves_what_is_stored(torch: Any) -> None:
 
 
 @pytest.mark.parametrize("capacity", [5, 50])
-def test_a_resized_cache_holds_the_same(torch: Any, capacity: int) -> None:
-    cache = cache_of(5, capacity=20)
-    before = [layer.clone() for layer in contents(cache)]
-    cache.resize(capacity)
-    assert (cache.capacity, cache.length) == (capacity, 5)
-    assert all(map(torch.equal, contents(cache), before))
-    assert sum(cache.bytes_per_token.values()) == 2 * 2 * 4 * 4
+def test_a_moved_prefix_is_the_same_and_leaves_nothing_behind(torch: Any, capacity: int) -> None:
+    cache = cache_of(8, capacity=20)
+    expected = [layer[:, :5].clone() for layer in contents(cache)]
+    moved = cache.move_prefix(5, capacity=capacity)
+    assert (moved.capacity, moved.length, moved.num_layers) == (capacity, 5, 2)
+    assert all(map(torch.equal, contents(moved), expected))
+    assert sum(moved.bytes_per_token.values()) == 2 * 2 * 4 * 4
+    assert (cache.length, cache.num_layers) == (0, 0)
 
 
 def test_a_copied_prefix_is_independent_of_its_source(torch: Any) -> None:

@@ -8,9 +8,11 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,14 +258,59 @@ def test_a_kv_cache_may_move_between_two_tokens(torch: Any, saved: Any) -> None:
     from helpers.kv_cache import KVCache
     from helpers.packed import forward_packed
 
-    model, caches = lean(saved("Llama")[1]), [KVCache(100), KVCache(12)]
-    for cache in caches:
+    model, stays, moves = lean(saved("Llama")[1]), KVCache(100), KVCache(12)
+    for cache in (stays, moves):
         forward_packed(model, [(cache, list(range(10)))])
     for token in range(30):
-        if caches[1].length == caches[1].capacity:
-            caches[1].resize(caches[1].capacity + 3)
-        logits = [forward_packed(model, [(cache, [token])])[0] for cache in caches]
+        if moves.length == moves.capacity:
+            moves = moves.move_prefix(moves.length, capacity=moves.capacity + 3)
+        logits = [forward_packed(model, [(cache, [token])])[0] for cache in (stays, moves)]
         assert torch.equal(*logits), token
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_sequences_that_come_and_go_get_the_logits_that_each_gets_alone(torch: Any, saved: Any, precision: str) -> None:
+    from helpers.kv_cache import KVCache
+    from helpers.packed import forward_packed
+
+    def read(model: Any, *batch: tuple[KVCache, list[int]]) -> Any:
+        return forward_packed(model, batch)[0]
+
+    folder, chance = saved("Llama")[1], random.Random(4)
+    in_company, alone = lean(folder, precision), lean(folder, precision)
+    running: list[tuple[KVCache, KVCache]] = []  # of each sequence, with one model and with the other
+    ended: list[tuple[KVCache, KVCache]] = []
+    sizes = set()
+    for step in range(60):
+        for _ in range(chance.choice([0, 0, 1, 2, 6]) if step < 40 else 0):
+            running.append((KVCache(80), KVCache(80)))
+            for model, cache in zip((in_company, alone), running[-1], strict=True):
+                read(model, (cache, random_ids(step % 9 + 1, seed=step)))
+        chance.shuffle(running)
+        for _ in range(min(len(running), chance.choice([0, 1, 2, 3]))):
+            ended.append(running.pop())
+        if running:
+            sizes.add(len(running))
+            ids = [[token] for token in random_ids(len(running), seed=100 + step)]
+            some, others = ([*zip(caches, ids, strict=True)] for caches in zip(*running, strict=True))
+            assert torch.equal(read(in_company, *some), torch.cat([read(alone, one) for one in others])), step
+    assert {1, 3, 4, 8} <= sizes and max(sizes) > 16
+    for pair in ended:  # the prefix cache would keep them
+        for layer in range(pair[0].num_layers):
+            assert torch.equal(*(cache.reserve(layer, heads=0, size=0)[:, :, : cache.length] for cache in pair))
+
+
+def test_a_sequence_that_is_gone_leaves_no_memory(torch: Any, saved: Any) -> None:
+    from helpers.kv_cache import KVCache
+    from helpers.packed import forward_packed
+
+    model = lean(saved("Llama")[1])
+    for count in (1, 5):
+        caches = [KVCache(20) for _ in range(count)]
+        forward_packed(model, [(cache, [1]) for cache in caches])
+        memory = [weakref.ref(cache) for cache in caches]
+        del caches
+        assert [reference() for reference in memory] == [None] * count
 
 
 def test_tokens_for_which_a_kv_cache_has_no_room_are_refused(saved: Any) -> None:
@@ -431,6 +478,7 @@ def test_the_default_type_of_torch_does_not_matter(torch: Any, saved: Any) -> No
 THREADS = """
 import json
 import sys
+import weakref
 import threading
 from pathlib import Path
 import torch
@@ -647,6 +695,7 @@ def test_int8_predicts_a_text_nearly_as_well_as_fp32(monkeypatch: pytest.MonkeyP
 LOAD = """
 import json
 import sys
+import weakref
 from pathlib import Path
 import torch
 from helpers.graphs import Graph
