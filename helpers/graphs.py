@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
-import torch
 from onnx import TensorProto, helper
-from torch import Tensor
+
+from .hardware import cores
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is imported
 
@@ -25,7 +25,8 @@ BLOCK_SIZE = 64
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators: github.com/microsoft/onnxruntime, docs/ContribOperators.md."""
 
-_ROWS_AT_ONCE = 256
+_VALUES_AT_ONCE = 2**21
+"""How many weights are quantised at a time. After each such part, a thread waits for Python's lock."""
 
 
 class Graph:
@@ -47,10 +48,10 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, type, shape))
         return name
 
-    def constant(self, values: Tensor) -> str:
-        """Add a tensor, in fp32 or uint8."""
+    def constant(self, values: Any) -> str:
+        """Add an array, in fp32 or uint8."""
         name = self._new_name()
-        self._constants[name] = values.contiguous().numpy()
+        self._constants[name] = numpy.ascontiguousarray(values)
         return name
 
     def integers(self, *values: int) -> str:
@@ -67,11 +68,11 @@ class Graph:
         self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
-    def linear(self, rows: str, weight: Tensor, bias: Tensor | None = None) -> str:
-        """Multiply by `weight`, (outputs, inputs), and add `bias`, (outputs,)."""
-        added = [] if bias is None else [self.constant(bias.float())]
+    def linear(self, rows: str, weight: Any, bias: Any = None) -> str:
+        """Multiply by `weight`, (outputs, inputs), and add `bias`, (outputs,). They are arrays of any float type."""
+        added = [] if bias is None else [self.constant(in_fp32(bias))]
         if not self._is_int8:
-            product = self.node("MatMul", rows, self.constant(weight.float().t()))
+            product = self.node("MatMul", rows, self.constant(in_fp32(weight).T))
             return self.node("Add", product, *added) if added else product
         steps, sizes = quantised(weight)
         return self.node(
@@ -86,14 +87,14 @@ class Graph:
             accuracy_level=4,  # rounds the activations to 8 bits too
         )
 
-    def norm(self, rows: str, weight: Tensor, epsilon: float) -> str:
+    def norm(self, rows: str, weight: Any, epsilon: float) -> str:
         """Return the root mean square norm of `rows`, times `weight`."""
-        return self.node("SimplifiedLayerNormalization", rows, self.constant(weight.float()), axis=-1, epsilon=epsilon)
+        return self.node("SimplifiedLayerNormalization", rows, self.constant(in_fp32(weight)), axis=-1, epsilon=epsilon)
 
-    def sum_and_norm(self, rows: str, change: str, weight: Tensor, epsilon: float) -> tuple[str, str]:
+    def sum_and_norm(self, rows: str, change: str, weight: Any, epsilon: float) -> tuple[str, str]:
         """Return the sum of `rows` and `change`, and its norm as `norm` returns it."""
         outputs = [self._new_name(), "", "", self._new_name()]
-        inputs = rows, change, self.constant(weight.float())
+        inputs = rows, change, self.constant(in_fp32(weight))
         self.node("SkipSimplifiedLayerNormalization", *inputs, outputs=outputs, domain=MICROSOFT, epsilon=epsilon)
         return outputs[3], outputs[0]
 
@@ -118,9 +119,9 @@ class Graph:
 
 
 def _share_threads_and_memory() -> None:
-    """Let all sessions of this process share their threads, as many as torch has now, and their scratch memory."""
+    """Let all sessions of this process share their threads, and their scratch memory."""
     with contextlib.suppress(onnxruntime.capi.onnxruntime_pybind11_state.Fail):  # another library has done it
-        onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+        onnxruntime.set_global_thread_pool_sizes(cores(), 1)
     kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
     onnxruntime.create_and_register_allocator(memory, None)
@@ -137,15 +138,24 @@ def _described(name: str, array: numpy.ndarray) -> Any:
     return described
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+def in_fp32(values: Any) -> Any:
+    """Return an array of any float type in fp32."""
+    return values.astype(numpy.float32, copy=False)
+
+
+def quantised(weight: Any) -> tuple[Any, Any]:
     """Return a weight, (outputs, inputs), in 8 bit, and the scales of its blocks, (outputs, blocks), in fp32.
 
     The weight is in uint8, (outputs, blocks, BLOCK_SIZE): 128 stands for 0. Only a part of it is in fp32 at a time.
     """
-    steps, sizes = [], []
-    for rows in weight.split(_ROWS_AT_ONCE):
-        blocks = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % BLOCK_SIZE)).unflatten(1, (-1, BLOCK_SIZE))
-        size = blocks.abs().amax(dim=-1).div_(127)
-        steps.append(blocks.div(size[..., None].clamp_min(1e-30)).round_().add_(128).to(torch.uint8))
-        sizes.append(size)
-    return torch.cat(steps), torch.cat(sizes)
+    outputs, inputs = weight.shape
+    steps = numpy.empty((outputs, -(-inputs // BLOCK_SIZE), BLOCK_SIZE), numpy.uint8)
+    sizes = numpy.empty(steps.shape[:2], numpy.float32)
+    rows_at_once = max(1, _VALUES_AT_ONCE // inputs)
+    for begin in range(0, outputs, rows_at_once):
+        rows = slice(begin, begin + rows_at_once)
+        blocks = numpy.pad(in_fp32(weight[rows]), ((0, 0), (0, -inputs % BLOCK_SIZE))).reshape(-1, *steps.shape[1:])
+        sizes[rows] = numpy.abs(blocks).max(axis=-1) / 127
+        blocks /= numpy.maximum(sizes[rows], 1e-30)[..., None]
+        steps[rows] = numpy.rint(blocks, out=blocks) + 128
+    return steps, sizes

@@ -73,6 +73,15 @@ def ram(root: Path = Path("/")) -> tuple[int, int]:
     return total, min([memory.available, *(max(0, free) for _, free in limits)])
 
 
+def cores() -> int:
+    """Return how many threads should compute: OMP_NUM_THREADS, or the physical cores that this process may use."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if chosen.isdecimal() and int(chosen):
+        return int(chosen)
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
+
+
 def memory_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
     """Yield each limit on this process's memory, and how much of it is free, in bytes.
 

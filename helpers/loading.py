@@ -29,9 +29,10 @@ class LoadedModel:
 def load_model(model: str, precision: str, args: EngineArgs) -> LoadedModel:
     """Load `model` at `precision`, as `helpers.models.load` does, and start its engine. Raise what both raise."""
     from . import models, prompts
-    from .engine import Engine
 
     chat_model = models.load(model, precision)
+    from .engine import Engine  # not before: it imports torch, which takes as long as loading a small model
+
     engine = Engine(
         chat_model.model,
         eos_token_ids=chat_model.eos_token_ids,

@@ -38,6 +38,7 @@ from .model_files import (
 )
 
 if TYPE_CHECKING:
+    from .llama_graphs import LlamaGraphs
     from .packed import PackedModel
 
 log = logging.getLogger(__name__)
@@ -149,10 +150,13 @@ def _load(choice: Choice, source: str) -> ChatModel:
     config = _read_json(source, "config.json")
     files = _llama_files(choice, source, config)
     with ThreadPoolExecutor(1, "load-weights") as pool:
-        llama = pool.submit(_load_llama, config, files, choice.precision) if files else None
+        graphs = pool.submit(_make_graphs, config, files, choice.precision) if files else None
         tokenizer = _load_tokenizer(choice.model, source)
-    if llama:
-        model, device, context_length = llama.result(), "cpu", config[CONTEXT_LENGTH]
+    if graphs:
+        from .llama import Llama
+
+        model: PackedModel = Llama(graphs.result())
+        device, context_length = "cpu", config[CONTEXT_LENGTH]
         end_of_text = _read_json(source, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
     else:
         model, device, context_length, end_of_text = _load_transformers(choice, source)
@@ -199,10 +203,10 @@ def _llama_files(choice: Choice, source: str, config: dict[str, Any]) -> list[st
     return []
 
 
-def _load_llama(config: Any, files: list[str], precision: str) -> PackedModel:
-    from .llama import Llama
+def _make_graphs(config: Any, files: list[str], precision: str) -> LlamaGraphs:
+    from .llama_graphs import LlamaGraphs
 
-    return Llama(config, files, precision)
+    return LlamaGraphs(config, files, precision)
 
 
 def _load_transformers(choice: Choice, source: str) -> tuple[PackedModel, str, int, int | list[int] | None]:

@@ -208,7 +208,7 @@ class Service:
                     return
                 if shown := [line for line in [*lines, unfinished] if line.strip()]:
                     show(shown[-1])
-                time.sleep(0.05)
+                time.sleep(0.02)
 
     def _failure(self) -> HelpersError:
         lines = [line for line in self.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]

@@ -39,12 +39,13 @@ def engine_model(request: pytest.FixtureRequest, torch: Any, tiny_folder: Path) 
     from transformers import AutoModelForCausalLM
 
     from helpers.llama import Llama
+    from helpers.llama_graphs import LlamaGraphs
     from helpers.packed_attention import TransformersModel
 
     if request.param == "TransformersModel":
         return TransformersModel(AutoModelForCausalLM.from_pretrained(tiny_folder).eval())
     config = json.loads((tiny_folder / "config.json").read_text())
-    return Llama(config, [str(tiny_folder / "model.safetensors")], "fp32")
+    return Llama(LlamaGraphs(config, [str(tiny_folder / "model.safetensors")], "fp32"))
 
 
 @pytest.fixture
@@ -576,8 +577,13 @@ def test_a_step_that_fails_in_the_middle_is_repeated_with_more_memory(
 @pytest.fixture
 def nan_at(torch: Any, engine_model: Any) -> Iterator[Callable[[int], None]]:
     """Make the embedding of a token id NaN, as a damaged weight does."""
-    is_llama = hasattr(engine_model, "_embeddings")
-    weight = engine_model._embeddings if is_llama else engine_model.model.get_input_embeddings().weight.data
+    from helpers.packed_attention import TransformersModel
+
+    if isinstance(engine_model, TransformersModel):
+        weight = engine_model.model.get_input_embeddings().weight.data
+    else:
+        engine_model._graphs._embeddings = engine_model._graphs._embeddings.copy()  # of those in the file
+        weight = torch.from_numpy(engine_model._graphs._embeddings)
     changed = {}
 
     def nan_at(token_id: int) -> None:

@@ -26,7 +26,8 @@ def product(rows: Any, weight: Any, bias: Any = None, precision: str = "fp32") -
     from helpers.graphs import Graph
 
     graph = Graph(precision)
-    session = graph.session(graph.linear(graph.input("rows", "rows", rows.shape[1]), weight, bias))
+    parts = (tensor if tensor is None else tensor.numpy() for tensor in (weight, bias))
+    session = graph.session(graph.linear(graph.input("rows", "rows", rows.shape[1]), *parts))
     return torch.from_numpy(session.run(None, {"rows": rows.numpy()})[0])
 
 
@@ -96,12 +97,12 @@ def test_the_norm_is_the_root_mean_square_norm(torch: Any) -> None:
         return torch.nn.functional.rms_norm(rows, (48,), weight, 0.1)
 
     graph = Graph()
-    session = graph.session(graph.norm(graph.input("rows", "rows", 48), weight, 0.1))
+    session = graph.session(graph.norm(graph.input("rows", "rows", 48), weight.numpy(), 0.1))
     torch.testing.assert_close(torch.from_numpy(session.run(None, {"rows": some.numpy()})[0]), norm(some))
 
     graph = Graph()
     inputs = (graph.input(name, "rows", 48) for name in ("some", "others"))
-    session = graph.session(*graph.sum_and_norm(*inputs, weight, 0.1))
+    session = graph.session(*graph.sum_and_norm(*inputs, weight.numpy(), 0.1))
     found = session.run(None, {"some": some.numpy(), "others": others.numpy()})
     torch.testing.assert_close([torch.from_numpy(array) for array in found], [some + others, norm(some + others)])
 
@@ -112,8 +113,8 @@ def test_a_session_has_its_own_copy_of_the_constants(torch: Any, precision: str)
     from helpers.graphs import Graph
 
     graph = Graph(precision)
-    rows = graph.linear(graph.input("rows", "rows", 100), torch.randn(80, 100), torch.randn(80))
-    session = graph.session(graph.norm(rows, torch.rand(80), 1e-6))
+    rows = graph.linear(graph.input("rows", "rows", 100), *(torch.randn(size).numpy() for size in ((80, 100), (80,))))
+    session = graph.session(graph.norm(rows, torch.rand(80).numpy(), 1e-6))
     rows = {"rows": torch.randn(3, 100).numpy()}
     (before,) = session.run(None, rows)
     for array in graph._constants.values():
@@ -125,19 +126,34 @@ def test_a_weight_is_at_most_half_a_step_away(torch: Any) -> None:
     from helpers.graphs import quantised
 
     weight = torch.randn(300, 100)
-    steps, sizes = quantised(weight)
+    steps, sizes = map(torch.from_numpy, quantised(weight.numpy()))
     assert steps.shape == (300, 2, BLOCK_SIZE) and sizes.shape == (300, 2)
     errors = ((steps.float() - 128) * sizes[..., None]).flatten(1)[:, :100] - weight
     assert (errors.abs() <= sizes.repeat_interleave(BLOCK_SIZE, dim=1)[:, :100] * 0.501).all()
     assert (steps[:, 1, 100 - BLOCK_SIZE :] == 128).all()  # what is added to fill the last block is 0
 
 
-def test_a_weight_in_16_bits_is_quantised_as_in_fp32(torch: Any) -> None:
+def test_a_weight_in_16_bits_is_quantised_as_in_fp32() -> None:
+    import ml_dtypes
+    import numpy
+
     from helpers.graphs import quantised
 
-    weight = torch.randn(300, 100).bfloat16()
-    for some, others in zip(quantised(weight), quantised(weight.float()), strict=True):
-        assert torch.equal(some, others)
+    weight = numpy.random.default_rng(0).standard_normal((300, 100)).astype(ml_dtypes.bfloat16)
+    for some, others in zip(quantised(weight), quantised(weight.astype(numpy.float32)), strict=True):
+        assert (some == others).all()
+
+
+def test_a_large_weight_is_quantised_as_its_parts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+
+    from helpers import graphs
+
+    weight = numpy.random.default_rng(0).standard_normal((300, 100)).astype(numpy.float32)
+    whole = graphs.quantised(weight)
+    monkeypatch.setattr(graphs, "_VALUES_AT_ONCE", 70 * 100)
+    for some, others in zip(graphs.quantised(weight), whole, strict=True):
+        assert (some == others).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -157,7 +173,7 @@ torch.manual_seed(0)
 digest = hashlib.sha256()
 for precision in ("fp32", "int8"):
     for inputs, outputs in ((576, 1536), (1536, 576), (576, 3000)):
-        graph, weight = Graph(precision), torch.randn(outputs, inputs)
+        graph, weight = Graph(precision), torch.randn(outputs, inputs).numpy()
         session = graph.session(graph.linear(graph.input("rows", "rows", inputs), weight))
         rows = torch.randn(128, inputs).numpy()
         (together,) = session.run(None, {"rows": rows})
@@ -182,11 +198,11 @@ import os
 import onnxruntime
 if "pool" in os.sys.argv:
     onnxruntime.set_global_thread_pool_sizes(1, 1)
-import torch
+import numpy
 from helpers.graphs import Graph
-graph = Graph()
-session = graph.session(graph.linear(graph.input("rows", "rows", 8), torch.ones(1, 8)))
-print(session.run(None, {"rows": torch.ones(1, 8).numpy()})[0], os.environ["ORT_DISABLE_TELEMETRY"])
+graph, ones = Graph(), numpy.ones((1, 8), numpy.float32)
+session = graph.session(graph.linear(graph.input("rows", "rows", 8), ones))
+print(session.run(None, {"rows": ones})[0], os.environ["ORT_DISABLE_TELEMETRY"])
 """
 
 

@@ -207,3 +207,25 @@ def test_a_distribution_has_a_version_or_is_not_installed(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(install(tmp_path, ["bitsandbytes"]))
     assert installed_version("bitsandbytes") == "9.9" and this_machine().quantises
     assert installed_version("no-such-package") is None
+
+
+# --- Cores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("3", 3), ("5,2", 5), ("", 4), ("0", 4), ("many", 4), (None, 4)])
+def test_the_environment_chooses_the_threads_or_the_physical_cores_do(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8 if logical else 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert hardware.cores() == expected
+
+
+def test_a_process_that_may_use_fewer_cores_uses_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5}, raising=False)
+    assert hardware.cores() == 2

@@ -83,9 +83,10 @@ def random_model(kind: str, **options: Any) -> Any:
 def lean(folder: Path, precision: str = "fp32") -> Any:
     """Return the `Llama` of the files in a folder."""
     from helpers.llama import Llama
+    from helpers.llama_graphs import LlamaGraphs
 
     config = json.loads((folder / "config.json").read_text())
-    return Llama(config, sorted(map(str, folder.glob("*.safetensors"))), precision)
+    return Llama(LlamaGraphs(config, sorted(map(str, folder.glob("*.safetensors"))), precision))
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +365,7 @@ def test_weights_in_several_files_are_read(copy: Path, tiny: Any, tiny_reference
     assert (logits_of_every_token(loaded.model, ids) == logits_of_every_token(tiny.model, ids)).all()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_weights_in_16_bit_are_computed_in_fp32(torch: Any, saved: Any, tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -456,6 +457,26 @@ def test_a_hidden_state_that_is_not_finite_makes_its_own_logits_nan(torch: Any, 
     assert logits[1].isnan().all() and torch.equal(logits[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
+def test_weights_of_another_type_are_refused(torch: Any, saved: Any, tmp_path: Path, kind: str) -> None:
+    folder, name = Path(shutil.copytree(saved("Llama")[1], tmp_path / "copy")), "model.layers.1.mlp.down_proj.weight"
+    change_weights(folder, lambda weights: weights.update({name: weights[name].to(getattr(torch, kind))}))
+    with pytest.raises(
+        ModelUnavailable, match=rf"^The model's tensor {name} is stored as (F8_E4M3|I8)\. Choose a model in"
+    ):
+        lean(folder)
+
+
+def test_weights_may_begin_at_any_byte(torch: Any, saved: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved("Llama")[1], tmp_path / "copy"))
+    content, ids = (folder / "model.safetensors").read_bytes(), random_ids(20, seed=1)
+    end = 8 + int.from_bytes(content[:8], "little")
+    (folder / "model.safetensors").write_bytes(
+        (end - 8 + 1).to_bytes(8, "little") + content[8:end] + b" " + content[end:]
+    )
+    assert torch.equal(*(logits_of_every_token(lean(one), ids) for one in (folder, saved("Llama")[1])))
+
+
 def test_weights_so_large_that_int8_overflows_are_refused(saved: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved("Llama")[1], tmp_path / "copy"))
     change_weights(folder, lambda weights: weights["model.layers.1.mlp.down_proj.weight"][1].fill_(3e38))
@@ -478,14 +499,15 @@ def test_the_default_type_of_torch_does_not_matter(torch: Any, saved: Any) -> No
 THREADS = """
 import json
 import sys
-import weakref
 import threading
 from pathlib import Path
 import torch
 from helpers.llama import Llama
+from helpers.llama_graphs import LlamaGraphs
 
 folder = Path(sys.argv[1])
-model = Llama(json.loads((folder / "config.json").read_text()), [str(folder / "model.safetensors")], "fp32")
+config = json.loads((folder / "config.json").read_text())
+model = Llama(LlamaGraphs(config, [str(folder / "model.safetensors")], "fp32"))
 counts = []
 
 def count():
@@ -695,11 +717,10 @@ def test_int8_predicts_a_text_nearly_as_well_as_fp32(monkeypatch: pytest.MonkeyP
 LOAD = """
 import json
 import sys
-import weakref
 from pathlib import Path
-import torch
+import numpy
 from helpers.graphs import Graph
-from helpers.llama import Llama
+from helpers.llama_graphs import LlamaGraphs
 
 def status(name):
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
@@ -708,10 +729,10 @@ def status(name):
 folder = Path(sys.argv[1])
 config = json.loads((folder / "config.json").read_text())
 graph = Graph("int8")
-graph.session(graph.linear(graph.input("rows", "rows", 8), torch.randn(8, 8)))
+graph.session(graph.linear(graph.input("rows", "rows", 8), numpy.ones((8, 8), numpy.float32)))
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
-model = Llama(config, [str(folder / "model.safetensors")], sys.argv[2])
+graphs = LlamaGraphs(config, [str(folder / "model.safetensors")], sys.argv[2])
 print(status("VmHWM") - before)
 """
 
