@@ -380,6 +380,7 @@ def main() -> None:
     scale = QUICK if options.quick else FULL
     if options.rounds:
         scale = dataclasses.replace(scale, rounds=options.rounds)
+    here = machine()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # closes the backends
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
@@ -400,7 +401,7 @@ def main() -> None:
     summary = f"""\
 {options.model}, {scale.tokens} new tokens for each client, medians of {scale.rounds} rounds. {LEGEND}
 
-{machine()}.
+{here}.
 
 {rates_table(runs, peak_memory)}
 

@@ -129,7 +129,7 @@ class _Attention:
         binding.bind_input(f"last{slot}", "cpu", 0, numpy.int32, (1,), last.ctypes.data)
 
 
-_ENOUGH_FOR_A_GROUP = 4
+_ENOUGH_FOR_A_GROUP = 5
 """From so many sequences on, one run for all slots takes less time than a run for each. An empty slot costs little."""
 
 

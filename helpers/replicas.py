@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import ServiceUnavailable
-from .hardware import gpu_indices
+from .hardware import cores, gpu_indices
 from .options import HOST
 from .processes import port_to_listen_on
 from .server import SECONDS_TO_STOP, Companion, Lifetime
@@ -38,10 +38,9 @@ def free_ports(count: int) -> list[int]:
 def environments(count: int) -> list[dict[str, str]]:
     """Return the environment variables that each of `count` services gets: a GPU, or its share of the cores."""
     gpus = gpu_indices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared: dict[str, Any] = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if not gpus and "OMP_NUM_THREADS" not in os.environ:
-        shared["OMP_NUM_THREADS"] = str(max(1, cores // count))
+        shared["OMP_NUM_THREADS"] = str(max(1, cores() // count))
     own = [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {} for index in range(count)]
     return [{**shared, **variables} for variables in own]
 

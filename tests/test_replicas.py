@@ -194,6 +194,7 @@ def test_each_service_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_gpu_the_services_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("helpers.replicas.gpu_indices", lambda: [])
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [one["OMP_NUM_THREADS"] for one in environments(3)] == ["2", "2", "2"]
