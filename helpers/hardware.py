@@ -74,10 +74,18 @@ def ram(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def cores() -> int:
-    """Return how many threads should compute: OMP_NUM_THREADS, or the physical cores that this process may use."""
+    """Return how many threads should compute: OMP_NUM_THREADS, or the physical cores that this process may use.
+
+    Of an Apple chip only the fast cores count, as torch counts them: the slow ones would hold up the others.
+    """
     chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if chosen.isdecimal() and int(chosen):
         return int(chosen)
+    if (
+        sys.platform == "darwin"
+        and (fast := _output(["sysctl", "-n", "hw.perflevel0.physicalcpu"], seconds=5)).isdecimal()
+    ):
+        return int(fast)
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
 

@@ -20,7 +20,7 @@ class KVCache:
     """The keys and values of one sequence's first `length` tokens, in memory for `capacity` tokens.
 
     Each layer holds both in one tensor, of shape (1, heads, capacity, ...): the model decides how a token's key and
-    value lie in it. The tensor never moves, so each token costs the same.
+    value lie in it. The tensor never moves, so storing a token costs the same at any length.
     """
 
     def __init__(self, capacity: int) -> None:

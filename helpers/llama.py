@@ -62,11 +62,11 @@ class Llama:
         hidden = self._graphs.embed(ids.numpy())
         first, *others = self._graphs.between
         (qkv,) = first.run(None, {"hidden": hidden})
-        readers = self._attention.readers(chunks, len(others))
+        parts = self._attention.attending(chunks, len(others))
         for n, graph in enumerate(others):
             attended: Any = numpy.empty((len(qkv), self._graphs.width), numpy.float32)
-            for reader in readers:
-                reader.attend(n, qkv, attended)
+            for part in parts:
+                part.attend(n, qkv, attended)
             hidden, *rest = graph.run(None, {"hidden": hidden, "attended": attended})
             if rest:
                 (qkv,) = rest
@@ -80,8 +80,8 @@ class _Attention:
         self.graphs = graphs
         self._groups: list[_Group] = []
 
-    def readers(self, chunks: Sequence[Chunk], layers: int) -> list[_Tokens | _Group]:
-        """Return what attends with the tokens of these chunks in the next step.
+    def attending(self, chunks: Sequence[Chunk], layers: int) -> list[_Tokens | _Group]:
+        """Return what attends with the tokens of these chunks, layer by layer.
 
         Raise `IndexError` if they do not fit into a KV cache.
         """
@@ -96,18 +96,18 @@ class _Attention:
             else:
                 row_of[chunk.cache] = start
         slots = SLOTS if len(row_of) >= _ENOUGH_FOR_A_GROUP else 1
-        groups = [group for group in self._groups if group.slots == slots]
-        for group in groups:
-            group.keep(row_of)
+        groups = [group for group in self._groups if group.slots == slots and group.keep(row_of)]
+        if len(groups) > len(row_of) // slots + 2:
+            groups = []  # most slots are empty, so all sequences get new ones
         placed = {cache for group in groups for cache in group.slot_of}
         for cache in row_of:
             if cache not in placed and not any(group.add(cache) for group in groups):
                 groups.append(_Group(self, slots, layers))
                 groups[-1].add(cache)
-        self._groups = [group for group in groups if group.slot_of]
-        for group in self._groups:
+        for group in groups:
             group.prepare(row_of)
-        return [*several, *self._groups]
+        self._groups = groups
+        return [*several, *groups]
 
     def bind(self, slots: int, qkv: Any, attended: Any) -> Any:
         """Return a binding, which tells ONNX Runtime where its inputs and outputs lie. The caller keeps the arrays."""
@@ -155,7 +155,7 @@ class _Tokens:
 
 class _Group:
     """Attends with one token of each of up to `slots` sequences, in arrays that stay where they are: binding takes
-    longer than attending. A sequence keeps its slot while it decodes. An empty slot has a KV cache of its own.
+    longer than attending. A sequence keeps its slot from step to step. An empty slot has a KV cache of its own.
     """
 
     def __init__(self, attention: _Attention, slots: int, layers: int) -> None:
@@ -171,10 +171,11 @@ class _Group:
         self._taken: list[int] = []
         self._rows: list[int] = []
 
-    def keep(self, caches: Container[KVCache]) -> None:
-        """Free the slots of all sequences whose KV caches are not among these."""
+    def keep(self, caches: Container[KVCache]) -> bool:
+        """Free the slots of all sequences whose KV caches are not among these. Return whether any is still taken."""
         for cache in [cache for cache in self.slot_of if cache not in caches]:
             del self.slot_of[cache]
+        return len(self.slot_of) > 0
 
     def add(self, cache: KVCache) -> bool:
         """Give a sequence a slot. Return False if all are taken."""
@@ -182,17 +183,17 @@ class _Group:
         slot = next((slot for slot in range(self.slots) if slot not in taken), None)
         if slot is None:
             return False
-        self.slot_of[cache] = slot
         self._empty.discard(slot)
         self._bind(slot, cache)
+        self.slot_of[cache] = slot  # not before: binding takes memory, which may fail
         return True
 
     def prepare(self, row_of: Mapping[KVCache, int]) -> None:
-        """Look up the rows and the positions of the next tokens."""
+        """Take the freed slots off the KV caches that they had, and look up the rows and positions of the tokens."""
         for slot in {*range(self.slots)} - {*self.slot_of.values()} - self._empty:
-            self._empty.add(slot)
             self._bind(slot, self._unused)
             self._length[slot], self._last[slot] = 1, 0
+            self._empty.add(slot)
         self._taken, self._rows = list(self.slot_of.values()), [row_of[cache] for cache in self.slot_of]
         self._last[self._taken] = [cache.length for cache in self.slot_of]
         self._length[self._taken] = [cache.length + 1 for cache in self.slot_of]

@@ -2,7 +2,7 @@
 
 `LlamaGraphs` reads the files that `transformers` reads. It makes one graph for all that happens between the attention
 of a layer and that of the next, and one for the attention itself, the only operation that mixes tokens. This module
-does not import torch, so a service makes its graphs while it imports torch and Jina.
+imports torch only for scaled rotary embeddings, so a service makes its graphs while it imports torch and Jina.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class LlamaGraphs:
         self.head_size = head_size_of(config)
         self._hidden: int = config["hidden_size"]
         self._epsilon: float = config.get("rms_norm_eps", 1e-6)
-        self.rotations = _rotations(config, self.head_size)
         self.attention = {slots: self._make_attention(slots) for slots in (1, SLOTS)}
         weights = Weights(files)
         embeddings, head = EMBEDDINGS, HEAD
@@ -62,10 +61,11 @@ class LlamaGraphs:
             making_head = pool.submit(self._make_head, weights["model.norm.weight"], head_weight)
             self.between = list(pool.map(lambda n: self._make_between(weights, n, layers), range(layers + 1)))
             self.head = making_head.result()
+        self.rotations = _rotations(config, self.head_size)
 
     @property
     def width(self) -> int:
-        """Return the size of what a token attends to: that of all heads."""
+        """Return the size of the attention's output for a token, of all heads."""
         return self.heads * self.head_size
 
     @property

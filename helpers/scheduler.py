@@ -126,8 +126,8 @@ class Scheduler:
     def _new_cache(self, sequence: Sequence, match: PrefixMatch) -> KVCache:
         """Make room for the KV cache of `sequence`, and return it, with the prefix that `match` found.
 
-        Reuse the found cache itself if all of its blocks are a prefix (the previous turn of a conversation), or if it
-        was evicted to make room. Otherwise, copy the prefix.
+        Move the prefix if all blocks of the found cache belong to it (the previous turn of a conversation), or if the
+        cache was evicted to make room. Otherwise, copy the prefix.
         """
         found, capacity = match.cache, sequence.max_total_tokens
         if found is not None:

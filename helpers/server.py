@@ -7,6 +7,7 @@ loads in a thread while this process imports Jina.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -69,6 +70,10 @@ def run(
             "Python runs with -OO or PYTHONOPTIMIZE=2, which removes the docstrings that transformers needs. Start the "
             "service without it, or with -O."
         )
+    if missing := [name for name in ("torch", "transformers", "onnxruntime") if importlib.util.find_spec(name) is None]:
+        raise ModelUnavailable(
+            f"A service needs more packages than a client, and {missing[0]} is not installed. Install it: {INSTALL}"
+        )
     host = clean_host(host)
     port = port_to_listen_on(host, port)
     raise_file_limit()
@@ -80,14 +85,9 @@ def run(
     from ._jina import CannotListen, prepare_service, serve_executor
 
     prepare_service()
-    try:
-        from .executor import TokenStreamingExecutor
+    from .executor import TokenStreamingExecutor
 
-        loaded = loading.result()
-    except ModuleNotFoundError as error:
-        raise ModelUnavailable(
-            f"A service needs more packages than a client, and {error.name} is not installed. Install it: {INSTALL}"
-        ) from error
+    loaded = loading.result()
 
     def announce_when_ready() -> None:
         gc.freeze()  # what has been imported stays until the end

@@ -201,6 +201,7 @@ class SharedChannel:
         """Close the connections. Calls that are running fail."""
         with self._lock:
             channel, self._channel = self._channel, None
+            self._state = [ChannelConnectivity.IDLE]  # a new list: the old channel may still write into the old one
         if channel is not None:
             _close(channel)
 

@@ -446,7 +446,8 @@ def test_a_long_line_without_readline_is_refused(scripted: ScriptedService) -> N
     options = ["--max-tokens", "1", "--port", str(scripted.port)]
     with contextlib.closing(Terminal(program, "chat", *options, start=start)) as terminal:
         terminal.read_until("/help lists the commands.\r\n> ")
-        terminal.type("x" * 5000 + "\nHello\n")
+        terminal.type("x" * 5000 + "\n")
         terminal.read_until("bytes, and the terminal cuts longer lines. Send the text from a file: < FILE.\r\n> ")
+        terminal.type("Hello\n")
         terminal.read_until("1:0 ")
     assert [request.messages[-1]["content"] for request in scripted.requests] == ["Hello"]

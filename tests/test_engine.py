@@ -557,16 +557,19 @@ def test_a_step_that_fails_in_the_middle_is_repeated_with_more_memory(
     list(engine.submit(old, params(2)))
     fails = iter([False, False, True])
     in_step: list[bool] = []
-    append = KVCache.append
 
-    def fail_once(cache: Any, layer: int, new: Any) -> Any:
-        if layer == 1 and in_step and in_step[-1]:
-            raise RuntimeError("out of memory")
-        return append(cache, layer, new)
+    def fail_once(store: Any) -> Any:
+        def store_unless_in_step(cache: Any, layer: int, *arguments: Any, **options: Any) -> Any:
+            if layer == 1 and in_step and in_step[-1]:
+                raise RuntimeError("out of memory")
+            return store(cache, layer, *arguments, **options)
+
+        return store_unless_in_step
 
     prompts = [prompt_of(20, n) for n in range(3)]
     before_step(lambda ids: in_step.append(next(fails, False)))
-    monkeypatch.setattr(KVCache, "append", fail_once)
+    monkeypatch.setattr(KVCache, "append", fail_once(KVCache.append))  # of transformers' models
+    monkeypatch.setattr(KVCache, "reserve", fail_once(KVCache.reserve))  # of `Llama`
     with gate.shut():
         streams = [engine.submit(prompt, params(10)) for prompt in prompts]
     assert [list(stream) for stream in streams] == [reference(prompt, 10) for prompt in prompts]

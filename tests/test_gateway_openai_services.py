@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -106,6 +107,24 @@ def test_a_gateway_that_ends_closes_its_connections(scripted: ScriptedService) -
             until(lambda port=port: not connections_to(port), "the connections are closed")  # type: ignore[misc]
     finally:
         gc.enable()
+
+
+def test_a_gateway_can_be_served_again(scripted: ScriptedService) -> None:
+    with running_gateway(scripted.port) as server:
+        for address in (f"127.0.0.1:{scripted.port}", server.url):
+            app = create_app(address)
+            for _ in range(2):
+                with TestClient(app) as client:
+                    assert client.post(CHAT_PATH, json=CHAT).status_code == 200
+
+
+def test_a_gateway_forgets_that_its_service_was_away_when_it_is_served_again(scripted: ScriptedService) -> None:
+    app = create_app(f"127.0.0.1:{scripted.port}")
+    with TestClient(app) as client:
+        assert client.post(CHAT_PATH, json=CHAT).status_code == 200
+        scripted.stop()
+        until(lambda: app.state.gateway.backend.services._channel.is_failing, "the service is found to be away")
+    assert not app.state.gateway.backend.services._channel.is_failing
 
 
 def test_the_server_gets_the_fields_of_the_request(outer: RunningGateway, scripted: ScriptedService) -> None:

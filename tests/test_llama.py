@@ -255,7 +255,7 @@ def test_a_step_that_fails_leaves_every_kv_cache_as_long_as_before(
     assert torch.equal(*logits)
 
 
-def test_a_kv_cache_may_move_between_two_tokens(torch: Any, saved: Any) -> None:
+def test_what_a_kv_cache_holds_may_move_between_two_tokens(torch: Any, saved: Any) -> None:
     from helpers.kv_cache import KVCache
     from helpers.packed import forward_packed
 
@@ -312,6 +312,34 @@ def test_a_sequence_that_is_gone_leaves_no_memory(torch: Any, saved: Any) -> Non
         memory = [weakref.ref(cache) for cache in caches]
         del caches
         assert [reference() for reference in memory] == [None] * count
+
+
+def test_without_memory_for_a_kv_cache_nothing_is_written_into_another(
+    torch: Any, saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers.kv_cache import KVCache
+    from helpers.packed import forward_packed
+
+    model, new = lean(saved("Llama")[1]), KVCache(20)
+    expected = forward_packed(model, [(KVCache(20), [7])])[0]
+    old = [KVCache(20) for _ in range(6)]
+    forward_packed(model, [(cache, [1]) for cache in old])
+    before = [old[5].reserve(layer, heads=0, size=0).clone() for layer in range(old[5].num_layers)]
+    reserve = KVCache.reserve
+
+    def fail(cache: Any, layer: int, **options: Any) -> Any:
+        if cache is new and layer == 1:
+            raise RuntimeError("out of memory")
+        return reserve(cache, layer, **options)
+
+    batch = [*((cache, [2]) for cache in old[:5]), (new, [7])]  # the last one takes the place of an old one
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "reserve", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            forward_packed(model, batch)
+    assert torch.equal(forward_packed(model, batch)[0][5:], expected)
+    for layer, stored in enumerate(before):
+        assert torch.equal(old[5].reserve(layer, heads=0, size=0)[:, :, :1], stored[:, :, :1])
 
 
 def test_tokens_for_which_a_kv_cache_has_no_room_are_refused(saved: Any) -> None:

@@ -85,9 +85,11 @@ def create_app(
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Close the connections to the services when the server ends."""
-    yield
-    await app.state.gateway.backend.services.close()
+    """Close the connections to the services when the server ends. Starlette does not do this for a mounted app."""
+    try:
+        yield
+    finally:
+        await app.state.gateway.backend.services.close()
 
 
 def _services(addresses: Sequence[str], model: str | None) -> Services | OpenAIServices:

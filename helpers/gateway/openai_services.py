@@ -64,7 +64,7 @@ class OpenAIServices:
         return await first_replies({server.url: server.describe() for server in self._servers}, patient=patient)
 
     async def close(self) -> None:
-        """Close the connections. No call can be made after that."""
+        """Close the connections. The next call opens them again."""
         for server in self._servers:
             await server.close()
 
@@ -84,12 +84,13 @@ class Server:
         host = str(urlsplit(url).hostname)
         # no proxy reaches this machine
         mounts: dict[str, Any] = {f"all://{bracketed(host)}": None} if is_loopback(host) else {}
-        self._client = openai.AsyncOpenAI(
+        self._new_client = lambda: openai.AsyncOpenAI(
             base_url=url,
             api_key=os.environ.get(KEY_VARIABLE, "").strip() or "none",  # None would send that of OPENAI_API_KEY
             max_retries=0,
             http_client=openai.DefaultAsyncHttpxClient(mounts=mounts),
         )
+        self._client = self._new_client()
 
     async def describe(self) -> ServerModel | ServiceUnavailable:
         """Ask which model the server runs. Return why it does not tell, instead of raising it."""
@@ -135,7 +136,8 @@ class Server:
 
     async def close(self) -> None:
         """Close the connections to the server."""
-        await self._client.close()
+        client, self._client = self._client, self._new_client()
+        await client.close()
 
     def failure(self, error: Exception) -> HelpersError:
         """Return `error` as an exception of this package.
