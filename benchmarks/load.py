@@ -326,7 +326,7 @@ def main() -> None:
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # closes the servers
-    model = models.source_of(options.model)
+    model, here = models.source_of(options.model), machine()
 
     def replicas(name: str, count: int, threads: int) -> Replicas:
         return Replicas(Row(name, options.precision), count=count, threads=threads, model=model)
@@ -348,7 +348,7 @@ def main() -> None:
         f"""\
 {options.model} at {options.precision}; prompts of {measured.prompt_tokens} tokens, answers of {TOKENS}.
 
-{machine()}.
+{here}.
 
 Step times of services with one thread each, behind a gateway. Outside the engine, the first token takes
 {1000 * measured.overhead:.1f} ms, beside one running answer of each service.

@@ -5,7 +5,7 @@ This module knows token ids and tensors, but no model and no request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,20 +53,12 @@ class KVCache:
 
     def copy_prefix(self, length: int, *, capacity: int) -> KVCache:
         """Return a copy of the first `length` tokens, in memory for `capacity` tokens."""
-        copy = KVCache(capacity)
-        for layer, stored in self._layers.items():
-            copy.append(layer, stored.narrow(2, 0, length))
-        copy.length = length
-        return copy
+        return _copied(self._layers.items(), length, capacity)
 
     def move_prefix(self, length: int, *, capacity: int) -> KVCache:
         """Return the same as `copy_prefix`, but leave nothing here. Only one layer is in memory twice at a time."""
-        moved = KVCache(capacity)
-        while self._layers:
-            layer, stored = self._layers.popitem()
-            moved.append(layer, stored.narrow(2, 0, length))
-        moved.length, self.length = length, 0
-        return moved
+        self.length = 0
+        return _copied((self._layers.popitem() for _ in range(len(self._layers))), length, capacity)
 
     @property
     def num_layers(self) -> int:
@@ -79,6 +71,15 @@ class KVCache:
         for stored in self._layers.values():
             sizes[stored.device] = sizes.get(stored.device, 0) + stored.nbytes // self.capacity
         return sizes
+
+
+def _copied(layers: Iterable[tuple[int, Tensor]], length: int, capacity: int) -> KVCache:
+    """Return a KV cache with a copy of the first `length` tokens of each layer."""
+    copy = KVCache(capacity)
+    for layer, stored in layers:
+        copy.append(layer, stored.narrow(2, 0, length))
+    copy.length = length
+    return copy
 
 
 @dataclass(frozen=True)

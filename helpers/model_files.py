@@ -280,15 +280,23 @@ def count_parameters(folder: Path) -> int:
     return sum(file.stat().st_size for file in files) // width
 
 
-def _count_safetensors(file: Path) -> int:
-    """Return the number of parameters in a file. Raise `ModelUnavailable` if the file is cut off."""
+def safetensors_header(file: Path) -> tuple[Any, int]:
+    """Return what a safetensors file says about its tensors, and the byte at which they begin.
+
+    Raise `ModelUnavailable` if the header is damaged.
+    """
     try:
         header = huggingface_hub.parse_local_safetensors_file_metadata(file)
-        with file.open("rb") as opened:
-            header_size = int.from_bytes(opened.read(8), "little")
     except hub_errors.SafetensorsParsingError:
         raise ModelUnavailable(_damaged(file)) from None
+    with file.open("rb") as opened:
+        return header, 8 + int.from_bytes(opened.read(8), "little")
+
+
+def _count_safetensors(file: Path) -> int:
+    """Return the number of parameters in a file. Raise `ModelUnavailable` if the file is cut off."""
+    header, begin = safetensors_header(file)
     end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
-    if file.stat().st_size != 8 + header_size + end:
+    if file.stat().st_size != begin + end:
         raise ModelUnavailable(_damaged(file))
     return sum(header.parameter_count.values())

@@ -70,10 +70,11 @@ def run(
             "Python runs with -OO or PYTHONOPTIMIZE=2, which removes the docstrings that transformers needs. Start the "
             "service without it, or with -O."
         )
-    if missing := [name for name in ("torch", "transformers", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        raise ModelUnavailable(
-            f"A service needs more packages than a client, and {missing[0]} is not installed. Install it: {INSTALL}"
-        )
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelUnavailable(
+                f"A service needs more packages than a client, and {package} is not installed. Install it: {INSTALL}"
+            )
     host = clean_host(host)
     port = port_to_listen_on(host, port)
     raise_file_limit()

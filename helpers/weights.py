@@ -8,10 +8,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy
-from huggingface_hub import parse_local_safetensors_file_metadata
 
 from .errors import ModelUnavailable
-from .model_files import missing_weights
+from .model_files import missing_weights, safetensors_header
 
 _TYPES: dict[str, Any] = {
     "F64": numpy.float64,
@@ -31,10 +30,9 @@ class Weights:
         self._info: dict[str, Any] = {}
         self._bytes: dict[str, Any] = {}
         for file in files:
-            with Path(file).open("rb") as opened:
-                begin = 8 + int.from_bytes(opened.read(8), "little")
+            header, begin = safetensors_header(Path(file))
             mapped = numpy.asarray(numpy.memmap(file, numpy.uint8, "r"))[begin:]
-            for name, info in parse_local_safetensors_file_metadata(file).tensors.items():
+            for name, info in header.tensors.items():
                 self._info[name], self._bytes[name] = info, mapped[slice(*info.data_offsets)]
 
     def __contains__(self, name: str) -> bool:
