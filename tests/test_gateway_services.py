@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from connections import connections_to
 from eventually import until
 from helpers.errors import GenerationFailed, InvalidRequest, QueueFull, ServiceUnavailable
 from helpers.gateway import create_app
+from helpers.gateway.services import Services
+from helpers.schemas import ModelOutputDocument, PromptDocument
 from scripted_service import ScriptedService, failed, tokens
 
 CHAT: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
@@ -221,3 +226,21 @@ def test_a_name_without_an_address_is_unavailable() -> None:
 def test_several_services_need_addresses_of_one_version(other: str) -> None:
     with pytest.raises(InvalidRequest, match="Give addresses of one version, or a single name"):
         create_app(["127.0.0.1:5", other])
+
+
+def test_a_call_that_is_left_ends(scripted: ScriptedService) -> None:
+    """A call that does not end keeps its memory, and its connection even after `close`."""
+    services = Services([f"127.0.0.1:{scripted.port}"])
+    endless = PromptDocument(prompt="Tell me everything.", max_tokens=1_000_000)
+
+    async def leave() -> None:
+        async with aclosing(services.call("/stream", endless, ModelOutputDocument).documents_async()) as documents:
+            await anext(documents)
+
+    async def leave_and_close() -> None:
+        for _ in range(20):
+            await leave()
+        await services.close()
+
+    asyncio.run(leave_and_close())
+    until(lambda: not connections_to(scripted.port), "the connection is closed")
