@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +80,16 @@ def tiny_folder(torch: Any, llama2_tokenizer: Any, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
+def endless_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context of 200,000 tokens. An answer of `ENDLESS` tokens outlasts what tests do to it."""
+    folder = tmp_path_factory.mktemp("endless-model")
+    shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 200_000}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Any:
     """The tiny model, loaded as a user's own model is."""
     from helpers import models
@@ -107,6 +119,13 @@ def bundled(torch: Any) -> Any:
 def tiny_service(tiny_folder: Path) -> Iterator[Any]:
     """The tiny model, served in fp32."""
     with helpers.serve(str(tiny_folder), "fp32", port=0) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def endless_service(endless_folder: Path) -> Iterator[Any]:
+    """The tiny model with the long context, served in fp32."""
+    with helpers.serve(str(endless_folder), "fp32", port=0) as service:
         yield service
 
 

@@ -98,7 +98,7 @@ def show(notebook: NotebookPage, port: int, **options: Any) -> ChatPage:
 
 
 def test_escape_stops_the_generation_in_the_service(notebook: NotebookPage, service: Any) -> None:
-    chat = show(notebook, service.port, max_tokens=300)
+    chat = show(notebook, service.port, max_tokens=2000)
     process = psutil.Process(service.pid)
     steps = service.info().steps
     chat.send(LONG)
@@ -112,7 +112,7 @@ def test_escape_stops_the_generation_in_the_service(notebook: NotebookPage, serv
     until(lambda: service.info().running == 0, "the end of the generation")
     tokens = chat.python("box.conversation.answer.completion_tokens")
     # the prompt takes a step too, and the step that was running when Esc arrived brings nothing
-    assert 5 <= tokens < 300 and service.info().steps - steps <= tokens + 2
+    assert 5 <= tokens < 2000 and service.info().steps - steps <= tokens + 2
     chat.ask("What is the capital of France?")
     assert chat.finish_reasons() == ["cancelled", "stop"]
 

@@ -19,6 +19,7 @@ from helpers.errors import InvalidRequest, ModelUnavailable
 from helpers.executor import ChatRequest, PromptRequest, TokenStreamingExecutor
 from helpers.schemas import ModelOutputDocument, PromptDocument, SamplingDocument
 from helpers.sequence import TokenStream
+from wire import ENDLESS
 
 DIALOG = [{"role": "user", "content": "What is a token?"}]
 
@@ -217,12 +218,12 @@ def test_a_client_that_disconnects_cancels_its_answer(executor: Any) -> None:
     asyncio.run(disconnect())
 
 
-def test_a_service_that_stops_says_so_to_its_clients(start: Any) -> None:
-    executor = start()
+def test_a_service_that_stops_says_so_to_its_clients(start: Any, endless_folder: Path) -> None:
+    executor = start(str(endless_folder))
 
     async def read() -> list[Any]:
         documents = []
-        async for document in executor.task(prompt(max_tokens=400)):
+        async for document in executor.task(prompt(max_tokens=ENDLESS)):
             if not documents:
                 executor.engine.close()
             documents.append(document)

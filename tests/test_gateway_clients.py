@@ -15,6 +15,7 @@ import pytest
 from eventually import until
 from running_gateway import RunningGateway, running_gateway
 from scripted_service import ScriptedService
+from wire import ENDLESS
 
 KEY = "a-key-of-some-length"
 QUESTION: Any = [{"role": "user", "content": "Tell me everything."}]
@@ -270,47 +271,61 @@ def test_a_stream_that_arrives_in_pieces_has_the_same_text(
 # ---- Clients that leave
 
 
-def test_if_a_client_leaves_generation_stops(gateway: RunningGateway, model: str, tiny_service: Any) -> None:
-    """Clients leave at random moments. Without a stop, each would take 400 steps."""
-    until(lambda: is_idle(tiny_service), "the service is idle")
-    before, records = tiny_service.info().steps, len(gateway.records)
+@pytest.fixture(scope="module")
+def endless_gateway(endless_service: Any) -> Iterator[RunningGateway]:
+    with running_gateway(endless_service.port, keys=[f"ada {KEY}"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def endless_model(endless_gateway: RunningGateway) -> str:
+    with openai.OpenAI(base_url=endless_gateway.url, api_key=KEY) as client:
+        (model,) = client.models.list()
+    return model.id
+
+
+def test_if_a_client_leaves_generation_stops(
+    endless_gateway: RunningGateway, endless_model: str, endless_service: Any
+) -> None:
+    """Clients leave at random moments."""
+    records = len(endless_gateway.records)
     moments = random.Random(0)
     for number in range(12):
-        fields = {"model": model, "messages": QUESTION, "max_tokens": 400, "stream": number % 2 == 0}
+        fields = {"model": endless_model, "messages": QUESTION, "max_tokens": ENDLESS, "stream": number % 2 == 0}
         body = json.dumps(fields).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
-        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        with socket.create_connection(("127.0.0.1", endless_gateway.port)) as connection:
             connection.sendall(head.encode() + body)
-            steps = tiny_service.info().steps
-            wanted = moments.randrange(1, 20)
-            until(lambda: tiny_service.info().steps >= steps + wanted, "the answer is being generated")  # noqa: B023
-        until(lambda: is_idle(tiny_service), "the answer has stopped")
-    gateway.wait_for_records(records + 12)
-    assert [record.status for record in gateway.records[records:]] == [499] * 12
-    assert tiny_service.info().steps - before < 12 * 400
+            wanted = endless_service.info().steps + moments.randrange(1, 20)
+            until(lambda: endless_service.info().steps >= wanted, "the answer is being generated")  # noqa: B023
+        until(lambda: is_idle(endless_service), "the answer has stopped")
+    endless_gateway.wait_for_records(records + 12)
+    stopped = endless_gateway.records[records:]
+    assert [record.status for record in stopped] == [499] * 12
+    assert all(record.completion_tokens < ENDLESS for record in stopped)
 
 
 def test_many_clients_that_leave_at_once_leave_nothing_behind(
-    gateway: RunningGateway, model: str, tiny_service: Any
+    endless_gateway: RunningGateway, endless_model: str, endless_service: Any
 ) -> None:
     async def leave(client: openai.AsyncOpenAI, number: int) -> None:
         async with await client.chat.completions.create(
-            model=model, messages=QUESTION, max_tokens=400, stream=True, n=2
+            model=endless_model, messages=QUESTION, max_tokens=ENDLESS, stream=True, n=2
         ) as stream:
             async for _ in stream:
                 if not (number := number - 1):
                     break
 
     async def leave_all() -> None:
-        async with openai.AsyncOpenAI(base_url=gateway.url, api_key=KEY, max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=endless_gateway.url, api_key=KEY, max_retries=0) as client:
             await asyncio.gather(*(leave(client, number) for number in range(1, 13)))
 
     asyncio.run(leave_all())
-    until(lambda: is_idle(tiny_service), "nothing runs or waits")
-    assert tiny_service.ask(QUESTION, max_tokens=5).completion_tokens == 5
+    until(lambda: is_idle(endless_service), "nothing runs or waits")
+    assert endless_service.ask(QUESTION, max_tokens=5).completion_tokens == 5
 
 
 def test_a_client_that_closes_the_connection_after_the_last_event_has_not_left(

@@ -20,6 +20,7 @@ from helpers.processes import is_listening, port_to_listen_on
 from running_gateway import running_gateway
 from scripted_service import ScriptedService
 from test_gateway_process import CHAT, start_gateway, url_of
+from wire import ENDLESS
 
 Script = Callable[..., Program]
 
@@ -82,16 +83,16 @@ def test_the_service_stops_after_the_answers_of_its_gateway(
 
 
 @pytest.mark.long
-def test_a_second_ctrl_c_ends_the_running_answers(script: Script, tiny_folder: Path) -> None:
-    program, url, model = start_pair(script, tiny_folder, "--timeout-graceful-shutdown=300")
-    streams = [Stream(url, model=model, max_tokens=450, n=8) for _ in range(4)]
+def test_a_second_ctrl_c_ends_the_running_answers(script: Script, endless_folder: Path) -> None:
+    program, url, model = start_pair(script, endless_folder, "--timeout-graceful-shutdown=300")
+    streams = [Stream(url, model=model, max_tokens=ENDLESS, n=2) for _ in range(4)]
     with ThreadPoolExecutor(8) as threads:
         reading = [threads.submit(stream.read) for stream in streams]
         until(lambda: all(stream.has_begun for stream in streams), "the answers have begun")
         program.process.send_signal(signal.SIGINT)
         until(lambda: not is_listening("127.0.0.1", int(url.rpartition(":")[2])), "the gateway stops")
         program.process.send_signal(signal.SIGINT)
-        assert "shutting_down" in [one.result().end for one in reading]
+        assert [one.result().end for one in reading] == ["shutting_down"] * 4
     assert program.process.wait(60) == 0
 
 
@@ -174,19 +175,19 @@ def test_if_the_service_goes_away_eight_answers_end_with_an_error_and_the_next_o
 
 @pytest.mark.long
 def test_if_the_service_is_killed_the_gateway_uses_the_next_one_on_the_same_port(
-    script: Script, tiny_folder: Path
+    script: Script, endless_folder: Path
 ) -> None:
     port = port_to_listen_on("127.0.0.1", 0)
-    words = ("-m", "helpers", "serve", "--model", str(tiny_folder), "--precision=fp32", f"--port={port}")
+    words = ("-m", "helpers", "serve", "--model", str(endless_folder), "--precision=fp32", f"--port={port}")
     service = script(*words)
     service.wait_for("Ready on")
     with running_gateway(port) as gateway, ThreadPoolExecutor(8) as threads:
         model = httpx.get(f"{gateway.root}/v1/models").json()["data"][0]["id"]
-        streams = [Stream(gateway.root, model=model, max_tokens=450, n=4) for _ in range(8)]
+        streams = [Stream(gateway.root, model=model, max_tokens=ENDLESS, n=2) for _ in range(4)]
         reading = [threads.submit(stream.read) for stream in streams]
         until(lambda: all(stream.has_begun for stream in streams), "the answers have begun")
         service.kill()
-        assert [one.result().end for one in reading] == ["service_unavailable"] * 8
+        assert [one.result().end for one in reading] == ["service_unavailable"] * 4
         assert httpx.get(f"{gateway.root}/ready", timeout=60).status_code == 503
         script(*words).wait_for("Ready on")
         until(lambda: httpx.get(f"{gateway.root}/ready", timeout=60).status_code == 200, "the gateway is ready again")

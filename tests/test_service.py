@@ -22,7 +22,7 @@ from greedy import generated_answer, packed_answer
 from helpers import prompts
 from helpers.answer import Answer
 from helpers.errors import InvalidRequest, QueueFull
-from wire import SLOW, call_by_wire
+from wire import ENDLESS, SLOW, call_by_wire
 
 # --- What a client gets ---------------------------------------------------------------------------
 
@@ -247,50 +247,12 @@ def is_idle(service: Any) -> bool:
     return (info.running, info.waiting) == (0, 0)
 
 
-def test_when_a_client_leaves_its_sequence_is_cancelled(tiny_service: Any) -> None:
-    before = tiny_service.info().steps
-    answer = tiny_service.stream(prompt=SLOW, max_tokens=450)
-    for _ in answer:
-        if answer.completion_tokens >= 5:
-            break
-    assert answer.finish_reason == "cancelled"
-    until(lambda: is_idle(tiny_service), "the sequence ends")
-    # the tiny model is faster than the wire, so it made some steps before the cancellation arrived
-    assert tiny_service.info().steps - before < 450
-    assert tiny_service.ask(prompt=SLOW, max_tokens=3).completion_tokens == 3
-
-
-def test_a_client_that_leaves_costs_one_step_more(service: Any) -> None:
-    before = service.info().steps
-    answer = service.stream("Tell me a long story.", max_tokens=400)
-    for _ in answer:
-        if answer.completion_tokens == 5:
-            break
-    until(lambda: is_idle(service), "the sequence ends")
-    assert service.info().steps - before <= 5 + 2  # one was under way at the fifth token, one at the cancellation
-
-
-def test_an_async_client_that_leaves_costs_one_step_more(service: Any) -> None:
-    before = service.info().steps
-
-    async def leave() -> None:
-        answer = service.stream("Tell me a long story.", max_tokens=400)
-        async with aclosing(answer.__aiter__()) as pieces:
-            async for _ in pieces:
-                if answer.completion_tokens == 5:
-                    break
-
-    asyncio.run(leave())
-    until(lambda: is_idle(service), "the sequence ends")
-    assert service.info().steps - before <= 5 + 2
-
-
 def leave_after_a_piece(service: Any) -> None:
-    next(iter(service.stream("Hello", max_tokens=400)))
+    next(iter(service.stream(prompt=SLOW, max_tokens=ENDLESS)))
 
 
 def stop_from_another_thread(service: Any) -> None:
-    answer = service.stream("Hello", max_tokens=400)
+    answer = service.stream(prompt=SLOW, max_tokens=ENDLESS)
     client = threading.Thread(target=list, args=(answer,))
     client.start()
     until(lambda: answer.text, "the first piece arrives")
@@ -300,10 +262,20 @@ def stop_from_another_thread(service: Any) -> None:
 
 def leave_in_an_event_loop(service: Any) -> None:
     async def leave() -> None:
-        async with aclosing(aiter(service.stream("Hello", max_tokens=400))) as pieces:
+        async with aclosing(aiter(service.stream(prompt=SLOW, max_tokens=ENDLESS))) as pieces:
             await anext(pieces)
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize("leave", [leave_after_a_piece, stop_from_another_thread, leave_in_an_event_loop])
+def test_when_a_client_leaves_its_sequence_is_cancelled(endless_service: Any, leave: Any) -> None:
+    """At most one step later, as `test_executor` shows. Over the wire, the cancellation takes the time of some."""
+    before = endless_service.info().steps
+    leave(endless_service)
+    until(lambda: is_idle(endless_service), "the sequence ends")
+    assert endless_service.info().steps - before < ENDLESS
+    assert endless_service.ask(prompt=SLOW, max_tokens=3).completion_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -318,9 +290,9 @@ def leave_in_an_event_loop(service: Any) -> None:
     ],
     ids=["info", "complete", "leave", "stop", "leave async", "refused"],
 )
-def test_no_client_leaves_a_connection_behind(tiny_service: Any, use: Any) -> None:
-    use(tiny_service)
-    until(lambda: not connections_to(tiny_service.port), "the connection is closed")
+def test_no_client_leaves_a_connection_behind(endless_service: Any, use: Any) -> None:
+    use(endless_service)
+    until(lambda: not connections_to(endless_service.port), "the connection is closed")
 
 
 def test_a_client_that_pings_often_stays_connected(tiny_service: Any) -> None:
@@ -350,30 +322,29 @@ def test_a_client_that_pings_often_stays_connected(tiny_service: Any) -> None:
 
 
 @pytest.mark.parametrize("clients", [300, pytest.param(2000, marks=pytest.mark.long)])
-def test_many_requests_cancelled_at_once_leave_nothing(tiny_service: Any, clients: int) -> None:
-    worker = psutil.Process(tiny_service.pid)
-    expected = tiny_service.ask(prompt=SLOW, max_tokens=20).text
+def test_many_requests_cancelled_at_once_leave_nothing(endless_service: Any, clients: int) -> None:
+    worker = psutil.Process(endless_service.pid)
+    expected = endless_service.ask(prompt=SLOW, max_tokens=20).text
 
     async def all_cancelled() -> None:
         async def read() -> None:
-            async for _ in tiny_service.stream(prompt=SLOW, max_tokens=450):
+            async for _ in endless_service.stream(prompt=SLOW, max_tokens=ENDLESS):
                 pass
 
         tasks = [asyncio.create_task(read()) for _ in range(clients)]
-        while not (any(task.done() for task in tasks) and (await asyncio.to_thread(tiny_service.info)).waiting):
+        while not (any(task.done() for task in tasks) and (await asyncio.to_thread(endless_service.info)).waiting):
             await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         results = Counter(map(type, ends))
-        assert set(results) <= {asyncio.CancelledError, QueueFull, type(None)}, Counter(map(str, ends))
-        assert results[QueueFull] > 0
+        assert set(results) == {asyncio.CancelledError, QueueFull}, Counter(map(str, ends))
         assert results[asyncio.CancelledError] > 64
 
     threads = worker.num_threads()
     asyncio.run(all_cancelled())
-    until(lambda: is_idle(tiny_service), "the queue is empty")
-    assert tiny_service.ask(prompt=SLOW, max_tokens=20).text == expected
+    until(lambda: is_idle(endless_service), "the queue is empty")
+    assert endless_service.ask(prompt=SLOW, max_tokens=20).text == expected
     until(lambda: len(worker.net_connections()) < 10, "the connections are closed")
     assert worker.num_threads() <= threads + 40  # asyncio's pool for tokenising, which is bounded
 
@@ -409,25 +380,27 @@ def test_clients_that_do_not_read_hold_up_no_other_and_lose_nothing(tiny_service
 
 
 @pytest.fixture(scope="module")
-def small_service(tiny_folder: Path) -> Iterator[Any]:
-    """A service that runs one sequence, lets one request wait, and has a KV cache of 400 tokens."""
-    limits = {"max_num_seqs": 1, "max_queue_size": 1, "cache_memory": 400 * 512}
-    with helpers.serve(str(tiny_folder), port=0, **limits) as service:
+def small_service(endless_folder: Path) -> Iterator[Any]:
+    """A service that runs one sequence, lets one request wait, and has a KV cache of 160,000 tokens."""
+    limits = {"max_num_seqs": 1, "max_queue_size": 1, "cache_memory": 160_000 * 512}
+    with helpers.serve(str(endless_folder), port=0, **limits) as service:
         yield service
 
 
 @pytest.mark.main
 def test_the_limits_of_the_service_are_those_that_were_asked_for(small_service: Any) -> None:
-    assert small_service.info().context_length == 400
-    with pytest.raises(InvalidRequest, match="400"):
-        small_service.ask(prompt=SLOW, max_tokens=399)
-    first, second = (iter(small_service.stream(prompt=SLOW, max_tokens=350)) for _ in range(2))
-    next(first)
+    assert small_service.info().context_length == 160_000
+    with pytest.raises(InvalidRequest, match="160000 tokens"):
+        small_service.ask(prompt=SLOW, max_tokens=159_999)
+    first, second = small_service.stream(prompt=SLOW, max_tokens=ENDLESS), small_service.stream(prompt=SLOW)
+    pieces = iter(first)
+    next(pieces)
     waiting = threading.Thread(target=list, args=(second,))
     waiting.start()
     until(lambda: small_service.info().waiting == 1, "the second request waits")
     with pytest.raises(QueueFull, match=r"\d+ s"):
         small_service.ask(prompt=SLOW, max_tokens=10)
-    list(first)
+    first.stop()
     waiting.join()
+    assert second.finish_reason == "length"
     assert small_service.ask(prompt=SLOW, max_tokens=10).completion_tokens == 10

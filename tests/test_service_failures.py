@@ -20,7 +20,7 @@ from helpers.processes import is_listening, port_to_listen_on
 from helpers.schemas import ModelOutputDocument, PromptDocument
 from helpers.service import Service
 from helpers.transport import Call
-from wire import SLOW, call_by_wire
+from wire import ENDLESS, SLOW, call_by_wire
 
 TESTS = Path(__file__).parent
 
@@ -84,12 +84,13 @@ def test_an_endpoint_that_raises_is_not_a_short_answer(breaking: int) -> None:
     assert answer.finish_reason == "error"
 
 
-def test_an_executor_killed_behind_jinas_gateway_is_not_a_short_answer(script: Any, tiny_folder: Path) -> None:
+def test_an_executor_killed_behind_jinas_gateway_is_not_a_short_answer(script: Any, endless_folder: Path) -> None:
     port = port_to_listen_on("127.0.0.1", 0)
-    program = script(str(TESTS / "breaking_service.py"), str(tiny_folder), "--port", str(port), "--gateway")
+    options = [str(endless_folder), "--port", str(port), "--gateway", "--break-at", str(ENDLESS)]
+    program = script(str(TESTS / "breaking_service.py"), *options)
     program.wait_for("Ready")
     executor = max(psutil.Process(program.process.pid).children(), key=lambda child: child.num_threads())
-    answer = helpers.stream(prompt=SLOW, max_tokens=40, port=port)
+    answer = helpers.stream(prompt=SLOW, max_tokens=ENDLESS, port=port)
     with pytest.raises(ServiceUnavailable):
         for _ in answer:
             if answer.completion_tokens == 5:
@@ -97,10 +98,10 @@ def test_an_executor_killed_behind_jinas_gateway_is_not_a_short_answer(script: A
     assert answer.finish_reason == "error"
 
 
-def test_a_service_killed_in_the_middle_is_a_failure_and_leaves_nothing(tiny_folder: Path) -> None:
-    service = helpers.serve(str(tiny_folder), port=0)
+def test_a_service_killed_in_the_middle_is_a_failure_and_leaves_nothing(endless_folder: Path) -> None:
+    service = helpers.serve(str(endless_folder), port=0)
     process = psutil.Process(service.pid)
-    answer = service.stream(prompt=SLOW, max_tokens=450)
+    answer = service.stream(prompt=SLOW, max_tokens=ENDLESS)
     with pytest.raises(ServiceUnavailable, match="went away|broke off"):
         for _ in answer:
             if answer.completion_tokens == 5:
@@ -113,13 +114,13 @@ def test_a_service_killed_in_the_middle_is_a_failure_and_leaves_nothing(tiny_fol
         service.ask("Are you there?")
 
 
-def test_a_service_stopped_in_the_middle_says_so(tiny_folder: Path) -> None:
-    service = helpers.serve(str(tiny_folder), port=0)
-    answer = service.stream(prompt=SLOW, max_tokens=450)
+def test_a_service_stopped_in_the_middle_says_so(endless_folder: Path) -> None:
+    service = helpers.serve(str(endless_folder), port=0)
+    answer = service.stream(prompt=SLOW, max_tokens=ENDLESS)
     with pytest.raises(ServiceUnavailable):
         for _ in answer:
             service.stop()
-    assert answer.completion_tokens < 450
+    assert answer.completion_tokens < ENDLESS
 
 
 def test_a_service_killed_while_it_loads_is_reported(bundled: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 SLOW = "[INST] Tell me everything. [/INST]"
 """A prompt that the tiny model, which never ends an answer, continues up to `max_tokens`."""
 
+ENDLESS = 150_000
+"""The `max_tokens` of an answer that is still being generated when a test ends it: a minute of work or more."""
+
 
 def call_by_wire(port: int, endpoint: str, fields: dict[str, Any]) -> list[Any]:
     """Send the document `fields` to `endpoint`, and return the `ModelOutputDocument`s of the stream."""
