@@ -1,6 +1,6 @@
 """Graphs that ONNX Runtime computes on a CPU, in fp32 or with matrices in 8 bit.
 
-A graph that `Graph` builds treats each row of its inputs alone: a row of the result does not depend on the others.
+Except in attention, a graph treats each row of its inputs alone: a row of the result does not depend on the others.
 """
 
 from __future__ import annotations

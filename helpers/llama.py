@@ -1,11 +1,16 @@
-"""The Llama family on a CPU: ONNX Runtime computes the graphs of `helpers.llama_graphs` for many sequences at once."""
+"""The Llama family on a CPU: ONNX Runtime computes the graphs of `helpers.llama_graphs` for many sequences at once.
+
+A step begins with the embeddings of all tokens. Then, for each layer, every sequence attends with its own tokens, and
+one graph computes all that lies before the next attention, for the tokens of all sequences. The head reads only the
+last token of each sequence. `helpers.packed.forward_packed` counts the tokens as read when all this has succeeded.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -62,7 +67,7 @@ class Llama:
         hidden = self._graphs.embed(ids.numpy())
         first, *others = self._graphs.between
         (qkv,) = first.run(None, {"hidden": hidden})
-        parts = self._attention.attending(chunks, len(others))
+        parts = self._attention.divide(chunks, len(others))
         for n, graph in enumerate(others):
             attended: Any = numpy.empty((len(qkv), self._graphs.width), numpy.float32)
             for part in parts:
@@ -73,44 +78,55 @@ class Llama:
         return torch.from_numpy(hidden)
 
 
+_ENOUGH_FOR_ALL_SLOTS = 5
+"""From so many sequences on, one run for `SLOTS` of them takes less time than a run for each."""
+
+
 class _Attention:
-    """The attention of all layers: it rotates q and k, appends k and v to the KV caches, and attends."""
+    """The attention of all layers: it rotates q and k, writes k and v into the KV caches, and attends."""
 
     def __init__(self, graphs: LlamaGraphs) -> None:
         self.graphs = graphs
-        self._groups: list[_Group] = []
+        self._decoding: list[_Decode] = []
 
-    def attending(self, chunks: Sequence[Chunk], layers: int) -> list[_Tokens | _Group]:
-        """Return what attends with the tokens of these chunks, layer by layer.
+    def divide(self, chunks: Sequence[Chunk], layers: int) -> list[_Prefill | _Decode]:
+        """Divide the tokens of a step among what attends with them in each layer, and make it ready.
 
         Raise `IndexError` if they do not fit into a KV cache.
         """
-        several: list[_Tokens] = []
+        several: list[_Prefill] = []
         row_of: dict[KVCache, int] = {}
         end = 0
         for chunk in chunks:
             chunk.cache.require_room(chunk.n)
             start, end = end, end + chunk.n
             if chunk.n > 1:
-                several.append(_Tokens(self, chunk, start))
+                several.append(_Prefill(self, chunk, start))
             else:
                 row_of[chunk.cache] = start
-        slots = SLOTS if len(row_of) >= _ENOUGH_FOR_A_GROUP else 1
-        groups = [group for group in self._groups if group.slots == slots and group.keep(row_of)]
-        if len(groups) > len(row_of) // slots + 2:
-            groups = []  # most slots are empty, so all sequences get new ones
-        placed = {cache for group in groups for cache in group.slot_of}
-        for cache in row_of:
-            if cache not in placed and not any(group.add(cache) for group in groups):
-                groups.append(_Group(self, slots, layers))
-                groups[-1].add(cache)
-        for group in groups:
+        self._decoding = self._place(row_of, layers)
+        for group in self._decoding:
             group.prepare(row_of)
-        self._groups = groups
-        return [*several, *groups]
+        return [*several, *self._decoding]
+
+    def _place(self, caches: Collection[KVCache], layers: int) -> list[_Decode]:
+        """Give each of these sequences a slot, its own one if it has one, and free all other slots."""
+        slots = SLOTS if len(caches) >= _ENOUGH_FOR_ALL_SLOTS else 1
+        groups = [group for group in self._decoding if group.slots == slots and group.keep(caches)]
+        if len(groups) > len(caches) // slots + 2:
+            groups = []  # many slots are empty, so all sequences get new ones
+        placed = {cache for group in groups for cache in group.slot_of}
+        for cache in caches:
+            if cache not in placed and not any(group.add(cache) for group in groups):
+                groups.append(_Decode(self, slots, layers))
+                groups[-1].add(cache)
+        return groups
 
     def bind(self, slots: int, qkv: Any, attended: Any) -> Any:
-        """Return a binding, which tells ONNX Runtime where its inputs and outputs lie. The caller keeps the arrays."""
+        """Return a binding, which tells ONNX Runtime where the inputs and outputs of a run lie.
+
+        The caller keeps the arrays, and binds each slot.
+        """
         binding = self.graphs.attention[slots].io_binding()
         binding.bind_input("qkv", "cpu", 0, numpy.float32, (1, *qkv.shape), qkv.ctypes.data)
         for name, array in zip(ROTATIONS, self.graphs.rotations, strict=True):
@@ -119,22 +135,22 @@ class _Attention:
         return binding
 
     def bind_slot(self, binding: Any, slot: int, cache: KVCache, layer: int, length: Any, last: Any) -> None:
-        """Bind the keys and values of a sequence, where the new ones are written too, and the places of its tokens."""
+        """Bind the KV cache of a sequence as input and as output, so that new keys and values are written in place.
+
+        `length`: the number of its tokens after this step; `last`: the position of the last one.
+        """
         stored = cache.reserve(layer, heads=2 * self.graphs.kv_heads, size=self.graphs.head_size)
         shape = 1, self.graphs.kv_heads, cache.capacity, self.graphs.head_size
-        for name, address in zip(MEMORY, (stored.data_ptr(), stored.data_ptr() + stored.nbytes // 2), strict=True):
+        addresses = stored.data_ptr(), stored.data_ptr() + stored.nbytes // 2  # the keys of all heads, then the values
+        for name, address in zip(MEMORY, addresses, strict=True):
             binding.bind_input(f"{name}{slot}", "cpu", 0, numpy.float32, shape, address)
             binding.bind_output(f"new_{name}{slot}", "cpu", 0, numpy.float32, shape, address)
         binding.bind_input(f"length{slot}", "cpu", 0, numpy.int32, (), length.ctypes.data)
         binding.bind_input(f"last{slot}", "cpu", 0, numpy.int32, (1,), last.ctypes.data)
 
 
-_ENOUGH_FOR_A_GROUP = 5
-"""From so many sequences on, one run for all slots takes less time than a run for each. An empty slot costs little."""
-
-
-class _Tokens:
-    """Attends with several tokens of a sequence. `start` is the row of the first one."""
+class _Prefill:
+    """Attends with several tokens of a sequence, in blocks. `start` is the row of the first one."""
 
     def __init__(self, attention: _Attention, chunk: Chunk, start: int) -> None:
         self._attention, self._chunk, self._start = attention, chunk, start
@@ -144,18 +160,21 @@ class _Tokens:
 
         `qkv`: q, k and v of all tokens, (tokens, (heads + 2 * KV heads) * head size).
         """
-        first_row = self._start - self._chunk.positions.start
+        to_row = self._start - self._chunk.positions.start
         for block in _blocks(self._chunk.positions):
-            rows = slice(first_row + block.start, first_row + block.stop)
+            rows = slice(block.start + to_row, block.stop + to_row)
             length, last = (numpy.array([end], numpy.int32) for end in (block.stop, block.stop - 1))
-            binding = self._attention.bind(1, qkv[rows], attended[rows])
+            binding = self._attention.bind(slots=1, qkv=qkv[rows], attended=attended[rows])
             self._attention.bind_slot(binding, 0, self._chunk.cache, layer, length, last)
             self._attention.graphs.attention[1].run_with_iobinding(binding)
 
 
-class _Group:
-    """Attends with one token of each of up to `slots` sequences, in arrays that stay where they are: binding takes
-    longer than attending. A sequence keeps its slot from step to step. An empty slot has a KV cache of its own.
+class _Decode:
+    """Attends with one token of each of up to `slots` sequences: the next one of an answer, or a prompt's last.
+
+    Binding takes longer than attending. So the arrays stay where they are, a sequence keeps its slot from step to step,
+    and a slot is bound when a sequence gets it, or loses it: then it reads a dummy. A step only copies rows, and writes
+    the lengths.
     """
 
     def __init__(self, attention: _Attention, slots: int, layers: int) -> None:
@@ -167,7 +186,7 @@ class _Group:
         self._length: Any = numpy.empty(slots, numpy.int32)
         self._last: Any = numpy.empty(slots, numpy.int32)
         self._bindings = [attention.bind(slots, self._qkv, self._attended) for _ in range(layers)]
-        self._unused, self._empty = KVCache(1), set[int]()
+        self._dummy, self._on_dummy = KVCache(1), set[int]()
         self._taken: list[int] = []
         self._rows: list[int] = []
 
@@ -183,29 +202,29 @@ class _Group:
         slot = next((slot for slot in range(self.slots) if slot not in taken), None)
         if slot is None:
             return False
-        self._empty.discard(slot)
+        self._on_dummy.discard(slot)
         self._bind(slot, cache)
         self.slot_of[cache] = slot  # not before: binding takes memory, which may fail
         return True
 
     def prepare(self, row_of: Mapping[KVCache, int]) -> None:
         """Take the freed slots off the KV caches that they had, and look up the rows and positions of the tokens."""
-        for slot in {*range(self.slots)} - {*self.slot_of.values()} - self._empty:
-            self._bind(slot, self._unused)
+        for slot in {*range(self.slots)} - {*self.slot_of.values()} - self._on_dummy:
+            self._bind(slot, self._dummy)
             self._length[slot], self._last[slot] = 1, 0
-            self._empty.add(slot)
+            self._on_dummy.add(slot)
         self._taken, self._rows = list(self.slot_of.values()), [row_of[cache] for cache in self.slot_of]
         self._last[self._taken] = [cache.length for cache in self.slot_of]
         self._length[self._taken] = [cache.length + 1 for cache in self.slot_of]
 
     def attend(self, layer: int, qkv: Any, attended: Any) -> None:
-        """Do for one token of each sequence what `_Tokens.attend` does."""
+        """Do for one token of each sequence what `_Prefill.attend` does."""
         self._qkv[self._taken] = qkv[self._rows]
         self._run(self._bindings[layer])
         attended[self._rows] = self._attended[self._taken]
 
     def _bind(self, slot: int, cache: KVCache) -> None:
-        places = self._length[slot:], self._last[slot:]
+        places = self._length[slot : slot + 1], self._last[slot : slot + 1]
         for layer, binding in enumerate(self._bindings):
             self._attention.bind_slot(binding, slot, cache, layer, *places)
 

@@ -1,7 +1,8 @@
 """The graphs of the Llama family: Llama, SmolLM, Mistral, Qwen 2 and Qwen 3.
 
-`LlamaGraphs` reads the files that `transformers` reads. It makes one graph for all that happens between the attention
-of a layer and that of the next, and one for the attention itself, the only operation that mixes tokens. This module
+`LlamaGraphs` reads the files that `transformers` reads. It makes a graph for all that happens between the attention of
+a layer and that of the next. The attention itself, the only operation that mixes tokens, has no weights, so all layers
+share its graphs: one for the tokens of one sequence, and one for a token of each of `SLOTS` sequences. This module
 imports torch only for scaled rotary embeddings, so a service makes its graphs while it imports torch and Jina.
 """
 
@@ -20,7 +21,7 @@ from .weights import Weights
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SLOTS = 8
-"""For how many sequences the attention can read one token of each in a single run."""
+"""For how many sequences the attention can read one token of each in a single run. An empty slot costs little."""
 ROTATIONS, MEMORY = ("cos", "sin"), ("keys", "values")
 
 
@@ -155,7 +156,11 @@ class LlamaGraphs:
         return graph.node("Concat", *parts, axis=-1)
 
     def _make_attention(self, slots: int) -> Any:
-        """Return the graph for the tokens of one sequence, or for one token of each of several sequences."""
+        """Return the graph for the tokens of one sequence, or for one token of each of several: of each slot.
+
+        ONNX Runtime's GroupQueryAttention rotates, stores and attends. It takes the position of the last token
+        (``seqlens_k``) and the number of tokens (``total_sequence_length``).
+        """
         graph = Graph()
         qkv = graph.input("qkv", 1, "tokens", self.qkv_width)
         rotations = [graph.input(name, "positions", self.head_size // 2) for name in ROTATIONS]

@@ -36,8 +36,8 @@ class PackedModel(Protocol):
     def logits(self, ids: Tensor, chunks: list[Chunk]) -> Tensor:
         """Return the logits after the last token of each chunk, (chunks, vocabulary).
 
-        `ids`, (tokens,), are those of all chunks, one after the other. Each layer appends to the chunks' KV caches,
-        whose `length` stays.
+        `ids`, (tokens,), are those of all chunks, one after the other. Each layer writes into the chunks' KV
+        caches, whose `length` stays.
         """
 
 
