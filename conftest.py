@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-STARTS_PROCESSES = {"tiny_service", "service", "jupyterlab", "chromium", "script"}
+STARTS_PROCESSES = {"tiny_service", "endless_service", "service", "jupyterlab", "chromium", "script"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -185,7 +185,7 @@ class SharedChannel:
         with self._lock:
             _prepare()
             if self._channel is None:
-                # not SingleThreadedUnaryStream: a call that is cancelled between two replies would stay in the channel
+                # not SingleThreadedUnaryStream: a call that is cancelled would stay in the channel
                 channel = open_channel(self._target, {**_OPTIONS, **self._options})
                 _in_use.add(channel)
                 # gRPC's thread that watches the state also reads the connections while no call does, so news of a

@@ -1,6 +1,8 @@
 """A service as the article deploys one, with or without Jina's gateway, whose model fails in every long answer.
 
 python breaking_service.py MODEL --port N [--gateway] [--break-at STEP]
+
+0 is no step: the model never fails.
 """
 
 import argparse

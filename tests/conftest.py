@@ -74,14 +74,16 @@ def tiny_folder(torch: Any, llama2_tokenizer: Any, tmp_path_factory: pytest.Temp
         initializer_range=0.5,  # wide, so that no two tokens nearly tie
     )
     folder = tmp_path_factory.mktemp("tiny-model")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[config.eos_token_id] = 0  # no greedy answer ends by itself
+    model.save_pretrained(folder)
     llama2_tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def endless_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a context of 200,000 tokens. An answer of `ENDLESS` tokens outlasts what tests do to it."""
+    """The tiny model with a context of 200,000 tokens. An answer of `ENDLESS` tokens still runs when a test ends it."""
     folder = tmp_path_factory.mktemp("endless-model")
     shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())

@@ -13,3 +13,13 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> None
     while not condition():
         assert time.monotonic() < end, f"never happened: {what}"
         time.sleep(0.02)
+
+
+def until_idle(service: Any) -> None:
+    """Return when nothing runs or waits in a service."""
+
+    def is_idle() -> bool:
+        info = service.info()
+        return not (info.running or info.waiting)
+
+    until(is_idle, "the service is idle")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import helpers
 from chat_page import ChatPage, words
 from chat_scripts import HOSTILE, hold, say
-from eventually import until
+from eventually import until_idle
 from jupyterlab_fixture import JupyterLab, NotebookPage
 from scripted_service import ScriptedService
 
@@ -94,22 +95,31 @@ def show(notebook: NotebookPage, port: int, **options: Any) -> ChatPage:
     return ChatPage(notebook)
 
 
+@contextmanager
+def suspended(service: Any) -> Iterator[None]:
+    """Suspend a service during the block."""
+    process = psutil.Process(service.pid)
+    family = [process, *process.children(recursive=True)]
+    for one in family:
+        one.suspend()
+    try:
+        yield
+    finally:
+        for one in family:
+            one.resume()
+
+
 # --- With a real model ----------------------------------------------------------------------------
 
 
 def test_escape_stops_the_generation_in_the_service(notebook: NotebookPage, service: Any) -> None:
     chat = show(notebook, service.port, max_tokens=2000)
-    process = psutil.Process(service.pid)
     steps = service.info().steps
     chat.send(LONG)
     chat.wait_for_words(count=5)
-    suspended = [process, *process.children(recursive=True)]
-    for one in suspended:  # so that it cannot finish the answer before the key is pressed
-        one.suspend()
-    chat.stop_by_escape()
-    for one in suspended:
-        one.resume()
-    until(lambda: service.info().running == 0, "the end of the generation")
+    with suspended(service):  # so that it cannot finish the answer before the key is pressed
+        chat.stop_by_escape()
+    until_idle(service)
     tokens = chat.python("box.conversation.answer.completion_tokens")
     # the prompt takes a step too, and the step that was running when Esc arrived brings nothing
     assert 5 <= tokens < 2000 and service.info().steps - steps <= tokens + 2
@@ -126,7 +136,8 @@ def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(notebook: No
     chat.edit("And of Spain?")
     chat.send(LONG)
     chat.wait_for_words(turn=2)
-    chat.stop_by_escape()
+    with suspended(service):
+        chat.stop_by_escape()
     chat.ask("Who are you?")
     chat.regenerate()
     notebook.save_and_reload()

@@ -230,9 +230,9 @@ def test_running_requests_share_their_steps(engine: Any, gate: Gate) -> None:
 def test_a_long_prompt_does_not_hold_up_the_others(engine: Any, reference: Any, gate: Gate) -> None:
     from helpers.prefill import PREFILL_BUDGET
 
-    running = engine.submit(prompt_of(10, 1), params(400))
-    next(iter(running))
-    with gate.shut():
+    with gate.shut(after=1):
+        running = engine.submit(prompt_of(10, 1), params(400))
+        next(iter(running))
         long, short = engine.submit(prompt_of(480, 2), params(3)), engine.submit(prompt_of(20, 3), params(3))
     assert list(long) == reference(prompt_of(480, 2), 3)
     assert list(short) == reference(prompt_of(20, 3), 3)
@@ -492,13 +492,17 @@ def test_a_client_whose_event_loop_is_gone_has_cancelled(engine: Any, gate: Gate
     assert stream.finish_reason == "cancelled"
 
 
-def test_closing_cancels_running_and_waiting_requests(start: Any) -> None:
+def test_closing_cancels_running_and_waiting_requests(start: Any, gate: Gate) -> None:
     engine = start(max_num_seqs=1)
-    running, waiting = (engine.submit(PROMPT, params(500)) for _ in range(2))
-    next(iter(running))
+    closing = threading.Thread(target=engine.close)
+    with gate.shut(after=1):
+        running, waiting = (engine.submit(PROMPT, params(500)) for _ in range(2))
+        next(iter(running))
+        closing.start()
+        until(lambda: engine._closed, "the engine is closing")
     engine.close()
-    engine.close()
-    assert len(list(running)) < 499
+    closing.join()
+    assert len(list(running)) <= 1
     assert list(waiting) == []
     assert running.finish_reason == waiting.finish_reason == "cancelled"
     with pytest.raises(ServiceUnavailable, match="has been shut down. Start the service again"):

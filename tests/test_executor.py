@@ -205,9 +205,11 @@ def test_info_describes_the_model_and_its_load(executor: Any) -> None:
     assert (after.steps - before.steps, after.running, after.waiting) == (10, 0, 0)
 
 
-def test_a_client_that_disconnects_cancels_its_answer(executor: Any) -> None:
+def test_a_client_that_disconnects_cancels_its_answer(start: Any, endless_folder: Path) -> None:
+    executor = start(str(endless_folder))
+
     async def disconnect() -> None:
-        async with aclosing(executor.task(prompt(max_tokens=400))) as documents:
+        async with aclosing(executor.task(prompt(max_tokens=ENDLESS))) as documents:
             async for _ in documents:
                 break
         before = executor.engine.steps
@@ -297,9 +299,11 @@ def test_any_other_endpoint_is_refused(executor: Any) -> None:
     assert last.error == "InvalidRequest: This service has no such endpoint. Use /stream, /chat, /count or /info."
 
 
-def test_a_full_queue_refuses_before_any_tokenizing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = start(max_num_seqs=1, max_queue_size=0)
-    executor.engine.submit([1] * 10, prompt(max_tokens=500).sampling_params())
+def test_a_full_queue_refuses_before_any_tokenizing(
+    start: Any, endless_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = start(str(endless_folder), max_num_seqs=1, max_queue_size=0)
+    executor.engine.submit([1] * 10, prompt(max_tokens=ENDLESS).sampling_params())
     monkeypatch.setattr("helpers.prompts.token_ids", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setattr("helpers.prompts.fit_to_window", lambda *_, **__: pytest.fail("tokenized"))
     monkeypatch.setattr("helpers.prompts.count_tokens", lambda *_: pytest.fail("tokenized"))

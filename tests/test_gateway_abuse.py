@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from background_program import Program
-from eventually import until
+from eventually import until, until_idle
 from helpers.gateway.server import HttpProtocol
 from running_gateway import running_gateway
 from scripted_service import ScriptedService
@@ -280,10 +280,10 @@ def test_clients_that_leave_at_random_moments_leave_nothing_in_the_service(endle
 
         list(threads.map(leave, *zip(*moments, strict=True)))
         records = gateway.wait_for_records(count + 1)[1:]
-        until(lambda: (endless_service.info().running, endless_service.info().waiting) == (0, 0), "the service is idle")
+        until_idle(endless_service)
         idle = endless_service.info().steps
         print(Counter(record.status for record in records), f"{idle - steps} steps")
         assert {record.status for record in records} == {499}
-        assert all(record.completion_tokens < ENDLESS for record in records)
+        assert idle - steps < ENDLESS // 10
         assert endless_service.ask("Hello", max_tokens=3).completion_tokens == 3
         assert endless_service.info().steps - idle <= 4  # nothing else was generated

@@ -66,11 +66,11 @@ def gateway_of(program: Program) -> psutil.Process:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_service_stops_after_the_answers_of_its_gateway(
-    script: Script, tiny_folder: Path, number: signal.Signals
+    script: Script, endless_folder: Path, number: signal.Signals
 ) -> None:
-    program, url, model = start_pair(script, tiny_folder, "--timeout-graceful-shutdown=300", start_new_session=True)
+    program, url, model = start_pair(script, endless_folder, "--timeout-graceful-shutdown=300", start_new_session=True)
     processes = program.family()
-    stream = Stream(url, model=model, max_tokens=200)
+    stream = Stream(url, model=model, max_tokens=1000)
     with ThreadPoolExecutor(8) as threads:
         reading = threads.submit(stream.read)
         until(lambda: stream.has_begun, "the answer has begun")

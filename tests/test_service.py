@@ -17,7 +17,7 @@ import pytest
 
 import helpers
 from connections import connections_to
-from eventually import until
+from eventually import until, until_idle
 from greedy import generated_answer, packed_answer
 from helpers import prompts
 from helpers.answer import Answer
@@ -242,11 +242,6 @@ def test_a_prompt_that_is_not_utf8_is_refused_and_the_service_goes_on(tiny_servi
 # --- Clients that leave ---------------------------------------------------------------------------
 
 
-def is_idle(service: Any) -> bool:
-    info = service.info()
-    return (info.running, info.waiting) == (0, 0)
-
-
 def leave_after_a_piece(service: Any) -> None:
     next(iter(service.stream(prompt=SLOW, max_tokens=ENDLESS)))
 
@@ -270,11 +265,11 @@ def leave_in_an_event_loop(service: Any) -> None:
 
 @pytest.mark.parametrize("leave", [leave_after_a_piece, stop_from_another_thread, leave_in_an_event_loop])
 def test_when_a_client_leaves_its_sequence_is_cancelled(endless_service: Any, leave: Any) -> None:
-    """At most one step later, as `test_executor` shows. Over the wire, the cancellation takes the time of some."""
+    """The engine takes no step after the one under way (`test_engine`). The wire takes the time of some steps."""
     before = endless_service.info().steps
     leave(endless_service)
-    until(lambda: is_idle(endless_service), "the sequence ends")
-    assert endless_service.info().steps - before < ENDLESS
+    until_idle(endless_service)
+    assert endless_service.info().steps - before < ENDLESS // 10
     assert endless_service.ask(prompt=SLOW, max_tokens=3).completion_tokens == 3
 
 
@@ -343,7 +338,7 @@ def test_many_requests_cancelled_at_once_leave_nothing(endless_service: Any, cli
 
     threads = worker.num_threads()
     asyncio.run(all_cancelled())
-    until(lambda: is_idle(endless_service), "the queue is empty")
+    until_idle(endless_service)
     assert endless_service.ask(prompt=SLOW, max_tokens=20).text == expected
     until(lambda: len(worker.net_connections()) < 10, "the connections are closed")
     assert worker.num_threads() <= threads + 40  # asyncio's pool for tokenising, which is bounded
@@ -362,11 +357,11 @@ def test_200_clients_get_their_own_complete_answer_or_are_told_that_the_queue_is
     with ThreadPoolExecutor(200) as clients:
         results = dict(zip(prompts, clients.map(read, prompts), strict=True))
     answers = {prompt: result for prompt, result in results.items() if isinstance(result, Answer)}
-    assert 32 + 64 <= len(answers) < 200
+    assert len(answers) >= 32 + 64
     assert all(answer.finish_reason == "length" and answer.completion_tokens == 100 for answer in answers.values())
     assert len({answer.text for answer in answers.values()}) == len(answers)
     assert all(answers[prompt].text == answer.text for prompt, answer in alone.items() if prompt in answers)
-    assert is_idle(tiny_service)
+    until_idle(tiny_service)
 
 
 def test_clients_that_do_not_read_hold_up_no_other_and_lose_nothing(tiny_service: Any) -> None:
@@ -375,7 +370,7 @@ def test_clients_that_do_not_read_hold_up_no_other_and_lose_nothing(tiny_service
     answers = [tiny_service.stream(prompt=SLOW, max_tokens=200) for _ in range(40)]
     unread = [(next(pieces), pieces) for pieces in map(iter, answers)]
     assert tiny_service.ask(prompt=SLOW, max_tokens=20).completion_tokens == 20
-    until(lambda: is_idle(tiny_service), "all sequences have finished")
+    until_idle(tiny_service)
     assert [first + "".join(rest) for first, rest in unread] == [whole] * 40
 
 

@@ -86,7 +86,7 @@ def test_an_endpoint_that_raises_is_not_a_short_answer(breaking: int) -> None:
 
 def test_an_executor_killed_behind_jinas_gateway_is_not_a_short_answer(script: Any, endless_folder: Path) -> None:
     port = port_to_listen_on("127.0.0.1", 0)
-    options = [str(endless_folder), "--port", str(port), "--gateway", "--break-at", str(ENDLESS)]
+    options = [str(endless_folder), "--port", str(port), "--gateway", "--break-at", "0"]
     program = script(str(TESTS / "breaking_service.py"), *options)
     program.wait_for("Ready")
     executor = max(psutil.Process(program.process.pid).children(), key=lambda child: child.num_threads())

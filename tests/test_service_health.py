@@ -18,11 +18,11 @@ from background_program import Program
 from eventually import until
 from helpers.processes import is_listening, port_to_listen_on
 from helpers.wire import open_channel
-from wire import SLOW
+from wire import ENDLESS, SLOW
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
-LONG = 480
-"""Tokens of an answer that fills the tiny model's context."""
+LONG = 1000
+"""Tokens of an answer that a test reads to its end, while the service stops."""
 
 
 class Watch:
@@ -46,12 +46,12 @@ class Watch:
 
 
 @pytest.fixture
-def small_service(script: Callable[..., Program], tiny_folder: Path) -> Callable[..., tuple[Program, int]]:
-    """Start a service in the foreground, which answers one request and lets none wait."""
+def small_service(script: Callable[..., Program], endless_folder: Path) -> Callable[..., tuple[Program, int]]:
+    """Start a service in the foreground, which answers one request at a time."""
 
     def start(*options: str) -> tuple[Program, int]:
         port = port_to_listen_on("127.0.0.1", 0)
-        model = ("--model", str(tiny_folder), "--precision=fp32", "--max-num-seqs=1", "--max-queue-size=0")
+        model = ("--model", str(endless_folder), "--precision=fp32", "--max-num-seqs=1")
         program = script("-m", "helpers", "serve", *model, "--port", str(port), *options)
         program.wait_for("Ready")
         return program, port
@@ -60,18 +60,21 @@ def small_service(script: Callable[..., Program], tiny_folder: Path) -> Callable
 
 
 def test_a_service_serves_until_its_queue_is_full(small_service: Any) -> None:
-    _, port = small_service()
+    _, port = small_service("--max-queue-size=0")
     with ExitStack() as watches:
         leaving, staying = (watches.enter_context(closing(Watch(port))) for _ in range(2))
         assert leaving.seen == staying.seen == [SERVING]
-        while not all(NOT_SERVING in watch.seen for watch in (leaving, staying)):
-            helpers.ask(prompt=SLOW, max_tokens=LONG, port=port)  # alone, it fills the queue
+        answer = helpers.stream(prompt=SLOW, max_tokens=ENDLESS, port=port)
+        texts = iter(answer)
+        next(texts)  # alone, it fills the queue
+        until(lambda: NOT_SERVING in leaving.seen and NOT_SERVING in staying.seen, "the service says that it is full")
         leaving.channel.close()
+        answer.stop()
         until(lambda: staying.seen[-1] == SERVING, "there is room again")
 
 
 def test_a_service_that_stops_refuses_requests_and_finishes_the_running_answer(small_service: Any) -> None:
-    program, port = small_service("--grace=300")
+    program, port = small_service("--grace=300", "--max-queue-size=1")
     with closing(Watch(port)) as watch:
         answer = helpers.stream(prompt=SLOW, max_tokens=LONG, port=port)
         texts = iter(answer)

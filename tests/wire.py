@@ -9,7 +9,7 @@ SLOW = "[INST] Tell me everything. [/INST]"
 """A prompt that the tiny model, which never ends an answer, continues up to `max_tokens`."""
 
 ENDLESS = 150_000
-"""The `max_tokens` of an answer that is still being generated when a test ends it: a minute of work or more."""
+"""The `max_tokens` of an answer that takes a minute or more. Only the model in `endless_folder` has room for it."""
 
 
 def call_by_wire(port: int, endpoint: str, fields: dict[str, Any]) -> list[Any]:
