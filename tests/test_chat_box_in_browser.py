@@ -16,6 +16,7 @@ import helpers
 from chat_page import ChatPage, words
 from chat_scripts import HOSTILE, hold, say
 from eventually import until_idle
+from helpers.catalog import BUNDLED
 from jupyterlab_fixture import JupyterLab, NotebookPage
 from scripted_service import ScriptedService
 
@@ -109,6 +110,13 @@ def suspended(service: Any) -> Iterator[None]:
             one.resume()
 
 
+@pytest.fixture
+def bundled_in_small_window(bundled: Any) -> Iterator[Any]:
+    """The bundled model with a context of 512 tokens."""
+    with helpers.serve(BUNDLED, port=0, context_length=512) as service:
+        yield service
+
+
 # --- With a real model ----------------------------------------------------------------------------
 
 
@@ -128,7 +136,10 @@ def test_escape_stops_the_generation_in_the_service(notebook: NotebookPage, serv
 
 
 @pytest.mark.long
-def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(notebook: NotebookPage, service: Any) -> None:
+def test_ten_turns_overflow_the_window_and_stay_the_same_everywhere(
+    notebook: NotebookPage, bundled_in_small_window: Any
+) -> None:
+    service = bundled_in_small_window
     chat = show(notebook, service.port, system="You answer briefly.", max_tokens=60)
 
     chat.ask("What is the capital of France?")
