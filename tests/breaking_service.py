@@ -2,7 +2,7 @@
 
 python breaking_service.py MODEL --port N [--gateway] [--break-at STEP]
 
-0 is no step: the model never fails.
+With STEP 0, the model never fails.
 """
 
 import argparse

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from wire import ENDLESS
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
@@ -23,3 +26,12 @@ def until_idle(service: Any) -> None:
         return not (info.running or info.waiting)
 
     until(is_idle, "the service is idle")
+
+
+@contextmanager
+def generation_stops(service: Any) -> Iterator[None]:
+    """Assert that answers of `ENDLESS` tokens, which run in the block, stop long before their end."""
+    before = service.info().steps
+    yield
+    until_idle(service)
+    assert service.info().steps - before < ENDLESS // 10

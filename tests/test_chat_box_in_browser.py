@@ -96,11 +96,16 @@ def show(notebook: NotebookPage, port: int, **options: Any) -> ChatPage:
     return ChatPage(notebook)
 
 
+def family_of(service: Any) -> list[psutil.Process]:
+    """Return the processes of a service."""
+    process = psutil.Process(service.pid)
+    return [process, *process.children(recursive=True)]
+
+
 @contextmanager
 def suspended(service: Any) -> Iterator[None]:
     """Suspend a service during the block."""
-    process = psutil.Process(service.pid)
-    family = [process, *process.children(recursive=True)]
+    family = family_of(service)
     for one in family:
         one.suspend()
     try:
@@ -545,7 +550,7 @@ def test_a_text_typed_while_the_service_is_killed_stays(notebook: NotebookPage, 
         chat = show(notebook, service.port)
         chat.ask("Hello")
         chat.begin_editing()
-        family = [psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)]
+        family = family_of(service)
         for process in family:
             process.suspend()
         chat.send("And you?")

@@ -105,8 +105,9 @@ def test_an_interrupted_cell_leaves_no_generation_and_no_connection(
     started = time.perf_counter()
     assert kernel.run(cell)["status"] == "ok"
     whole = time.perf_counter() - started
-    for n in range(count + 1):
-        reply = kernel.interrupt(*((cell, chance.uniform(0, whole)) if n < count else (endless_cell, whole)))
+    moments = [*((cell, chance.uniform(0, whole)) for _ in range(count)), (endless_cell, whole)]
+    for n, (interrupted, moment) in enumerate(moments):
+        reply = kernel.interrupt(interrupted, moment)
         assert reply.get("ename") in (None, "KeyboardInterrupt", "CancelledError"), reply
         until_idle(endless_service)
         until(lambda: not connections_to(port, kernel.process), f"{n}: the connection closes")
