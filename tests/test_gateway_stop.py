@@ -107,6 +107,36 @@ def test_a_signal_while_the_model_loads_leaves_nothing(script: Script, tiny_fold
     assert "Traceback" not in program.log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_gateway_that_is_stopped_while_it_starts_closes_everything(
+    script: Script, scripted: ScriptedService, number: signal.Signals
+) -> None:
+    code = f"""
+import os
+from contextlib import asynccontextmanager
+from helpers.gateway import create_app
+from helpers.gateway.options import GatewayArgs
+from helpers.gateway.server import run
+
+app = create_app(["127.0.0.1:{scripted.port}"])
+open_and_close = app.router.lifespan_context
+
+@asynccontextmanager
+async def be_stopped_between(app):
+    async with open_and_close(app):
+        os.kill(os.getpid(), {int(number)})
+        yield
+    print("closed", flush=True)
+
+app.router.lifespan_context = be_stopped_between
+run(app, GatewayArgs(), host="127.0.0.1", port=0, parent=None)
+"""
+    program = script("-c", code)
+    assert program.process.wait(60) == 0
+    log = program.log.read_text()
+    assert "closed" in log.splitlines() and "Traceback" not in log
+
+
 @pytest.mark.parametrize("is_ready", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_service_ends_with_an_error_if_its_gateway_is_killed(
     script: Script, tiny_folder: Path, is_ready: bool

@@ -135,6 +135,11 @@ class HttpProtocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's server. It prints where it listens, and leaves the signals to `run`: status 0 after SIGTERM."""
 
+    async def serve(self, sockets: list[socket] | None = None) -> None:
+        await super().serve(sockets)
+        if self.started and self.servers:  # a signal while it starts: older versions of uvicorn just return
+            await self.shutdown(sockets)
+
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         scheme = "https" if self.config.is_ssl else "http"
