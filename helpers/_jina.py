@@ -30,13 +30,17 @@ _NO_PROXY = "no_grpc_proxy"
 
 @contextmanager
 def _unchanged_program() -> Iterator[None]:
-    """Undo what importing jina changes in the program."""
+    """Prevent or undo what importing jina changes in the program."""
     environment = dict(os.environ)
     formatwarning = warnings.formatwarning
     start_method = multiprocessing.get_start_method(allow_none=True)
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with warnings.catch_warnings(), _no_folders(), _no_limit_of_files():
+        with (
+            warnings.catch_warnings(),
+            _without_jina(Path, "mkdir"),
+            _without_jina(signal, "signal"),
+            _no_limit_of_files(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -46,25 +50,27 @@ def _unchanged_program() -> Iterator[None]:
         warnings.formatwarning = formatwarning
         if multiprocessing.get_start_method(allow_none=True) != start_method:
             multiprocessing.set_start_method(start_method, force=True)
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and on_interrupt is not None:  # only the main thread may set a handler; None: one in C
-            signal.signal(signal.SIGINT, on_interrupt)
 
 
 @contextmanager
-def _no_folders() -> Iterator[None]:
-    """Let `Path.mkdir` do nothing for Jina: a client needs none of its folders, and the home may not be writable."""
-    mkdir = Path.mkdir
+def _without_jina(owner: Any, name: str) -> Iterator[None]:
+    """Let a function do nothing for Jina during the block.
 
-    def mkdir_unless_jina_asks(path: Path, *arguments: Any, **options: Any) -> None:
+    A client needs none of Jina's folders, and the home may not be writable. A Ctrl-C while Jina is imported must reach
+    the program's own handler.
+    """
+    function = getattr(owner, name)
+
+    def call_unless_jina_asks(*arguments: Any, **options: Any) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in ("jina", "hubble"):
-            mkdir(path, *arguments, **options)
+            return function(*arguments, **options)
+        return None
 
-    Path.mkdir = mkdir_unless_jina_asks  # type: ignore[method-assign,assignment]
+    setattr(owner, name, call_unless_jina_asks)
     try:
         yield
     finally:
-        Path.mkdir = mkdir  # type: ignore[method-assign]
+        setattr(owner, name, function)
 
 
 @contextmanager
