@@ -37,8 +37,8 @@ def _unchanged_program() -> Iterator[None]:
     try:
         with (
             warnings.catch_warnings(),
-            _without_jina(Path, "mkdir"),
-            _without_jina(signal, "signal"),
+            _not_for_jina(Path, "mkdir"),
+            _not_for_jina(signal, "signal"),
             _no_limit_of_files(),
         ):
             warnings.simplefilter("ignore")
@@ -53,7 +53,7 @@ def _unchanged_program() -> Iterator[None]:
 
 
 @contextmanager
-def _without_jina(owner: Any, name: str) -> Iterator[None]:
+def _not_for_jina(owner: Any, name: str) -> Iterator[None]:
     """Let a function do nothing for Jina during the block.
 
     A client needs none of Jina's folders, and the home may not be writable. A Ctrl-C while Jina is imported must reach
