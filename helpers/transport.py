@@ -11,11 +11,12 @@ import atexit
 import ctypes
 import functools
 import os
+import queue
 import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Generic, TypeVar
 
@@ -72,6 +73,33 @@ class Call(Generic[Fields]):
     def documents(self) -> Generator[Fields, None, None]:
         """Send the request and yield the documents as they arrive.
 
+        Ctrl-C interrupts the main thread anywhere, and in the middle of gRPC's own code it would leave a call that
+        never ends. So there, another thread reads.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield from self._documents()
+            return
+        arrived: queue.SimpleQueue[Fields | BaseException | None] = queue.SimpleQueue()
+        reading = self._reading(arrived.put)
+        try:
+            reading.start()
+            item = arrived.get()
+            while item is not None and not isinstance(item, BaseException):
+                yield item
+                _check_process()
+                item = arrived.get()
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            if reading.is_alive() and not _exiting:
+                reading.join()
+        if item is not None:
+            raise item
+
+    def _documents(self) -> Generator[Fields, None, None]:
+        """Do what `documents` does, in this thread.
+
         Use plain gRPC, not grpc.aio, which prints `BlockingIOError` at random if a program has several event loops, as
         a notebook that uses Jina's client has (grpc/grpc#25364).
         """
@@ -94,7 +122,7 @@ class Call(Generic[Fields]):
                             pass
 
     async def documents_async(self) -> AsyncGenerator[Fields, None]:
-        """Send the request and yield the documents as they arrive, in an event loop. A thread reads `documents`.
+        """Send the request and yield the documents as they arrive, in an event loop. Another thread reads them.
 
         Raise `InvalidRequest` if no event loop of asyncio is running.
         """
@@ -112,17 +140,8 @@ class Call(Generic[Fields]):
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
-        def read() -> None:
-            try:
-                for document in self.documents():
-                    put(document)
-            except BaseException as error:
-                put(error)
-            else:
-                put(None)
-
         try:
-            threading.Thread(target=read, name="helpers-call", daemon=True).start()
+            self._reading(put).start()
             while (item := await arrived.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
@@ -130,6 +149,20 @@ class Call(Generic[Fields]):
                 _check_process()
         finally:
             self.cancel()
+
+    def _reading(self, put: Callable[[Fields | BaseException | None], None]) -> threading.Thread:
+        """Return a thread that sends the request and puts the documents, and at the end an error or None."""
+
+        def read() -> None:
+            try:
+                for document in self._documents():
+                    put(document)
+            except BaseException as error:
+                put(error)
+            else:
+                put(None)
+
+        return threading.Thread(target=read, name="helpers-call", daemon=True)
 
     def _open(self) -> AbstractContextManager[Any]:
         if self._shared is None:
@@ -222,12 +255,8 @@ _OPTIONS = {"grpc.use_local_subchannel_pool": 1}
 def _open_channel(target: str, options: dict[str, Any]) -> Iterator[Any]:
     """Open a connection, and close it after the block. Raise `ServiceUnavailable` in a fork."""
     _prepare()
-    options = {**_OPTIONS, **options}
-    if threading.current_thread() is not threading.main_thread():
-        # this thread then reads by itself, which saves a thread switch per document. Not the main thread: gRPC would
-        # never close a connection whose read Ctrl-C has interrupted
-        options["SingleThreadedUnaryStream"] = 1
-    channel = open_channel(target, options)
+    # the thread that asks then reads the replies too, which saves a thread switch per document
+    channel = open_channel(target, {**_OPTIONS, "SingleThreadedUnaryStream": 1, **options})
     try:
         _in_use.add(channel)
         yield channel

@@ -103,6 +103,25 @@ def test_leaving_the_documents_closes_the_connection(scripted: ScriptedService) 
         until(lambda: not connections_to(scripted.port), "the connection is closed")
 
 
+def test_the_main_thread_leaves_sending_and_reading_to_another(scripted: ScriptedService) -> None:
+    """Ctrl-C interrupts that thread anywhere. In gRPC's code, it would leave a call that never ends."""
+    done = run(
+        "import sys\n"
+        "import helpers\n"
+        f"asked = {{'max_tokens': 3, 'port': {scripted.port}}}\n"
+        "print(helpers.ask('Hello', **asked))\n"
+        "called = set()\n"
+        "def note(frame, event, argument):\n"
+        "    if frame.f_globals.get('__name__', '').partition('.')[0] == 'grpc':\n"
+        "        called.add(frame.f_code.co_name)\n"
+        "sys.setprofile(note)\n"
+        "print(helpers.ask('Hello', **asked))\n"
+        "sys.setprofile(None)\n"
+        "assert not called & {'unary_stream', '__call__', '_next', '__next__', 'wait'}, called"
+    )
+    assert (done.stdout, done.stderr) == ("1:0 1:1 1:2 \n2:0 2:1 2:2 \n", "")
+
+
 def test_a_service_that_stops_in_the_middle_is_unavailable(scripted: ScriptedService) -> None:
     scripted.script = scripted.half
     documents = call_to(scripted).documents()
