@@ -74,9 +74,9 @@ class Call(Generic[Fields]):
         """Send the request and yield the documents as they arrive.
 
         Ctrl-C interrupts the main thread anywhere, and in the middle of gRPC's own code it would leave a call that
-        never ends. So there, another thread reads.
+        never ends. So there, another thread reads, unless the program is ending.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if _exiting or threading.current_thread() is not threading.main_thread():
             yield from self._documents()
             return
         arrived: queue.SimpleQueue[Fields | BaseException | None] = queue.SimpleQueue()

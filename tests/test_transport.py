@@ -122,6 +122,17 @@ def test_the_main_thread_leaves_sending_and_reading_to_another(scripted: Scripte
     assert (done.stdout, done.stderr) == ("1:0 1:1 1:2 \n2:0 2:1 2:2 \n", "")
 
 
+def test_a_program_that_ends_can_still_ask(scripted: ScriptedService) -> None:
+    ask = f"helpers.ask('Hello', max_tokens=3, port={scripted.port})"
+    done = run(
+        "import atexit\n"
+        f"atexit.register(lambda: print({ask}))\n"  # runs after what helpers does at exit, which it imports later
+        "import helpers\n"
+        f"print({ask})"
+    )
+    assert (done.stdout, done.stderr) == ("1:0 1:1 1:2 \n2:0 2:1 2:2 \n", "")
+
+
 def test_a_service_that_stops_in_the_middle_is_unavailable(scripted: ScriptedService) -> None:
     scripted.script = scripted.half
     documents = call_to(scripted).documents()
